@@ -36,6 +36,8 @@ NAMESPACE = "subzero"
 # Registrations live as long as this object.
 _library = torch.library.Library(NAMESPACE, "DEF")
 
+OPS: list[str] = []
+
 
 def _define(
     schema: str, check: Callable[..., Tensor | None], result: Callable[..., Tensor] | None = None
@@ -54,6 +56,7 @@ def _define(
         check(*args, **kwargs)
         return None if result is None else result(*args, **kwargs)
 
+    OPS.append(name)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

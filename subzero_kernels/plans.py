@@ -21,21 +21,21 @@ class PerturbPlan:
         vs: Sequence[Tensor],
         streams: Sequence[int],
     ) -> None:
-        self._ws, self._us, self._vs, self._streams = list(ws), list(us), list(vs), list(streams)
-        self._lead = validate.check_perturb_plan(
-            self._ws, self._us, self._vs, streams=self._streams
-        )
-        self._layout = self._fingerprint()
+        self._given = list(ws), list(us), list(vs)
+        self._streams = list(streams)
+        self._lead = validate.check_perturb_plan(*self._given, streams=self._streams)
+        # Aliases of our own: a later `w.data = ...` cannot change the shapes that were checked.
+        self._ws, self._us, self._vs = ([t.detach() for t in tensors] for tensors in self._given)
+        self._addresses = self._given_addresses()
+        self._storages = {t.untyped_storage().data_ptr() for t in self._ws}
 
-    def _fingerprint(self) -> list[tuple[object, ...]]:
-        return [
-            (t.data_ptr(), t.dtype, t.shape, t.stride())
-            for tensors in (self._ws, self._us, self._vs)
-            for t in tensors
-        ]
+    def _given_addresses(self) -> list[int]:
+        return [t.data_ptr() for tensors in self._given for t in tensors]
 
     def perturb_(self, coeff: Tensor, rng: Tensor, rounding: str = "nearest") -> None:
         """W += mu sum_k coeff[k] U Z_(draw + k) V^T on every matrix of the plan.
+
+        Fastest under ``torch.no_grad()``: with grad mode on, everything is validated again.
 
         Args:
             coeff: fp32 (K,), K >= 1, on the matrices' device.
@@ -43,27 +43,33 @@ class PerturbPlan:
             rounding: "nearest" or "stochastic".
 
         Raises:
-            ValueError, TypeError: a wrong argument, or a matrix that was moved, reshaped or cast
-                since the plan was made.
+            ValueError, TypeError: a wrong argument, or a tensor that has moved or was cast since
+                the plan was made.
         """
         if torch.compiler.is_compiling():
-            # A traced call goes through the op, whose fake repeats the whole check once, at trace
-            # time.
-            ops.perturb_many_(
-                self._ws, self._us, self._vs, coeff, rng, streams=self._streams, rounding=rounding
-            )
+            # A traced call goes through the op, whose fake checks everything once, while tracing.
+            ws, us, vs = self._given
+            ops.perturb_many_(ws, us, vs, coeff, rng, streams=self._streams, rounding=rounding)
             return
-        if self._lead is None:
-            return
-        if self._fingerprint() != self._layout:
+        if self._given_addresses() != self._addresses:
             raise ValueError(
-                "plan: expected the tensors it was made for, got one that has moved or changed its "
-                "shape or dtype since; make a new perturb_plan"
+                "plan: expected the tensors it was made for, got one that has moved or was cast "
+                "since; make a new perturb_plan"
             )
         validate.check_perturb_plan_call(self._ws, coeff, rng, rounding=rounding)
-        chosen = choose("perturb_many_", self._lead.device.type, self._lead.dtype is torch.float64)
+        if torch.is_grad_enabled() or self._shares_storage(coeff, rng):
+            validate.check_perturb_many_(*self._given, coeff, rng, streams=self._streams)
+        if self._lead is None:
+            return
+        lead = self._lead
+        chosen = choose("perturb_many_", lead.device.type, lead.dtype is torch.float64)
         chosen.function(
             self._ws, self._us, self._vs, coeff, rng, streams=self._streams, rounding=rounding
+        )
+
+    def _shares_storage(self, coeff: Tensor, rng: Tensor) -> bool:
+        return not self._storages.isdisjoint(
+            (coeff.untyped_storage().data_ptr(), rng.untyped_storage().data_ptr())
         )
 
 
@@ -72,8 +78,7 @@ def perturb_plan(
 ) -> PerturbPlan:
     """Validate the arguments of ``perturb_many_`` once; ``plan.perturb_(coeff, rng)`` runs it.
 
-    The plan keeps references to the tensors, copies nothing, and notices when one of them is moved,
-    reshaped or cast.
+    The plan keeps references to the tensors, copies nothing, and raises when one of them has moved.
 
     Args:
         ws, us, vs, streams: as in :func:`subzero_kernels.perturb_many_`.

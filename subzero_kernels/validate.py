@@ -113,10 +113,9 @@ def check_perturb_plan_call(
     check_coeff(coeff, deciding(ws))
     check_rng(rng)
     read = [("coeff", coeff), ("rng", rng)]
-    check_device([*numbered("ws", ws[:1]), *read])
-    check_no_grad([*numbered("ws", ws), *read])
+    check_device(numbered("ws", ws[:1]) + read)
+    check_no_grad(read)
     check_rounding(rounding)
-    check_memory(numbered("ws", ws), read)
 
 
 def check_perturb_many_(
@@ -129,9 +128,10 @@ def check_perturb_many_(
     streams: Sequence[int],
     rounding: str = "nearest",
 ) -> Tensor | None:
-    decisive = check_perturb_plan(ws, us, vs, streams=streams)
+    lead = check_perturb_plan(ws, us, vs, streams=streams)
     check_perturb_plan_call(ws, coeff, rng, rounding=rounding)
-    return decisive
+    check_memory(numbered("ws", ws), [("coeff", coeff), ("rng", rng)])
+    return lead
 
 
 def check_perturb_dense_(

@@ -42,7 +42,10 @@ def load(name: str) -> tuple[ModuleType | None, str]:
     path = f"{__name__}.{name}"
     if importlib.util.find_spec(path) is None:
         return None, f"the {name} backend is not part of this version"
-    module = importlib.import_module(path)
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        return None, f"the {name} backend does not import: {error}"
     works, why = module.available()
     return (module if works else None), why
 

@@ -1,0 +1,52 @@
+"""Hooks that leave with the optimizer: removable together, and inert in a copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+
+class Hook:
+    """Calls ``call``. A copied or pickled model gets an inert hook and folded weights."""
+
+    def __init__(self, call: Callable[..., Any] | None, before_copy: Callable[[dict[int, Any]], None]):
+        self._call = call
+        self._before_copy = before_copy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self._call is None else self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        if self._call is not None:
+            self._before_copy(memo)
+        return Hook(None, _nothing)
+
+    def __reduce__(self) -> Any:
+        if self._call is not None:
+            self._before_copy({})
+        return Hook, (None, _nothing)
+
+
+class Hooks:
+    """The handles of one owner's hooks."""
+
+    def __init__(self, before_copy: Callable[[dict[int, Any]], None]) -> None:
+        self._before_copy = before_copy
+        self._handles: list[RemovableHandle] = []
+
+    def add(
+        self, register: Callable[..., RemovableHandle], call: Callable[..., Any], **options: Any
+    ) -> None:
+        """``register`` is a bound method such as ``module.register_forward_hook``."""
+        self._handles.append(register(Hook(call, self._before_copy), **options))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _nothing(memo: dict[int, Any]) -> None:
+    """An inert hook's copies need no preparation."""

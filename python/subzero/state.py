@@ -1,0 +1,105 @@
+"""Saving and resuming an optimizer: tensors, numbers and strings only, checked before use."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import options
+
+if TYPE_CHECKING:
+    from .optimizer import SubZero
+
+CONTRACT = 1  # version of the RNG contract and of this layout
+GROUP = ("lr", "eps", "momentum", "betas", "adam_eps", "weight_decay")
+
+
+def save(opt: SubZero) -> dict[str, Any]:
+    """The state after a fold: S is zero, and the bases follow from seed and window."""
+    weights = opt._weights
+    tensors = {
+        f"{space}.{name}": value.clone()
+        for space, group in opt._rule_state.items()
+        for name, value in group.items()
+    }
+    if weights.masters:
+        tensors["dense.value"] = weights.masters.value.clone()
+    group = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
+    return {
+        "contract": CONTRACT,
+        "options": dataclasses.asdict(opt.options),
+        "parameters": _parameters(opt),
+        "counters": {
+            "steps": opt.steps,
+            "draws": opt.draws,
+            "window": opt.window,
+            "folds": weights.folds,
+            "skipped": opt.skipped,
+        },
+        "param_groups": [group],
+        "tensors": tensors,
+    }
+
+
+def load(opt: SubZero, saved: dict[str, Any]) -> None:
+    """Check everything, then set everything."""
+    weights = opt._weights
+    for key in ("contract", "options", "parameters", "counters", "param_groups", "tensors"):
+        if key not in saved:
+            raise ValueError(f"state_dict: expected the key {key!r}, got {sorted(saved)}; pass what state_dict() gave")
+    if saved["contract"] != CONTRACT:
+        raise ValueError(
+            f"state_dict: expected contract {CONTRACT}, got {saved['contract']}; "
+            "resume with the version that saved it"
+        )
+    fixed = dataclasses.asdict(opt.options)
+    for name, value in fixed.items():
+        if saved["options"].get(name) != value:
+            raise ValueError(
+                f"state_dict: expected {name}={value!r} as this optimizer has, got "
+                f"{saved['options'].get(name)!r}; build SubZero with the saved options"
+            )
+    for ours, theirs in zip(_parameters(opt), saved["parameters"], strict=False):
+        if list(ours) != list(theirs):
+            raise ValueError(f"state_dict: expected parameter {ours}, got {theirs}; load it into the same model")
+    if len(saved["parameters"]) != len(_parameters(opt)):
+        raise ValueError(
+            f"state_dict: expected {len(_parameters(opt))} trained parameters, got "
+            f"{len(saved['parameters'])}; freeze the same ones as when it was saved"
+        )
+    spaces = dict(weights.spaces())
+    for name, value in saved["tensors"].items():
+        space, _, key = name.partition(".")
+        if space not in spaces or (key != "updates" and value.shape != spaces[space].value.shape):
+            raise ValueError(f"state_dict: expected no tensor {name} of shape {tuple(value.shape)} here")
+    group = {k: v for k, v in saved["param_groups"][0].items() if k != "params"}
+    options.check_group({k: group[k] for k in GROUP})
+
+    with torch.no_grad():
+        weights.reread()
+        opt._rule_state = {"core": {}, "dense": {}}
+        for name, value in saved["tensors"].items():
+            space, _, key = name.partition(".")
+            ours = _like(value, spaces[space].value, key)
+            if name == "dense.value":
+                spaces[space].value.copy_(ours)
+            else:
+                opt._rule_state[space][key] = ours
+    counters = saved["counters"]
+    opt.steps, opt.draws, weights.folds = counters["steps"], counters["draws"], counters["folds"]
+    opt.window = counters["window"]
+    opt._skipped.fill_(counters["skipped"])
+    opt.param_groups[0].update(group)
+    weights.draw_bases(max(opt.window, 0))
+
+
+def _like(value: Tensor, reference: Tensor, key: str) -> Tensor:
+    dtype = torch.float64 if key == "updates" else reference.dtype
+    return value.detach().to(reference.device, dtype).clone()
+
+
+def _parameters(opt: SubZero) -> list[list[Any]]:
+    return [[e.name, list(e.param.shape), e.rank, e.way] for e in opt._weights.plan.entries]

@@ -1,0 +1,283 @@
+"""The trained weights: what is stored, how a group's perturbation is shown, how it is folded.
+
+Within a window a matrix is W + U S V^T. apply="forward" shows group g's core C_g through the side
+path; matrices without one are rewritten from a pristine copy; apply="in_place" adds the difference
+to the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subzero_kernels import (
+    PURPOSE_BASIS_U,
+    PURPOSE_BASIS_V,
+    PURPOSE_CORE,
+    PURPOSE_ROUNDING,
+    core_noise_,
+    fold_,
+    make_rng,
+    orthonormal_basis,
+    perturb_plan,
+    stream_id,
+)
+from subzero_kernels.rng import round_stochastic, words
+
+from .hooks import Hooks
+from .options import Options
+from .plan import COPY, DENSE_COPY, SIDE, Entry, Plan
+from .side_path import DenseValue, LowRank, SidePath
+from .spaces import CoreSpace, DenseSpace, Space
+
+
+class Weights:
+    """All trained parameters of one model between and during steps."""
+
+    def __init__(self, plan: Plan, options: Options) -> None:
+        self.plan = plan
+        self.options = options
+        self.folds = 0
+        self.side = SidePath()
+        self.hooks = Hooks(self._before_copy)
+        device = plan.entries[0].param.device
+        double = any(e.param.dtype == torch.float64 for e in plan.entries)
+        dtype = torch.float64 if double else torch.float32
+        self.cores = CoreSpace(plan.factored, dtype) if plan.factored else None
+        self.masters = DenseSpace(plan.dense, dtype) if plan.dense else None
+        self.decay = torch.ones((), dtype=torch.float64, device=device)
+        self._bases: list[tuple[Tensor, Tensor]] = []
+        self._copies: dict[int, Tensor] = {}
+        self._changed = False
+        self._eps = torch.zeros(())
+        self._rng = torch.zeros(2, dtype=torch.int64)
+        self._coeff = torch.zeros(1, 1)
+        self._shown = 0
+        self._group_cores: list[Tensor] = []
+        self._group_values: list[Tensor] = []
+
+    def spaces(self) -> Iterator[tuple[str, Space]]:
+        """What rules update: the cores and the dense masters, where there are any."""
+        if self.cores:
+            yield "core", self.cores
+        if self.masters:
+            yield "dense", self.masters
+
+    # attaching
+
+    def attach(self, model: nn.Module) -> None:
+        """Track, hook and draw the bases of the first window."""
+        for e in self.plan.dense:
+            if e.way != DENSE_COPY:
+                empty = e.param.new_empty(0)
+                self.side.dense[id(e.param)] = DenseValue(e, empty)
+        for e in self.plan.factored:
+            if e.way == COPY:
+                self._copies[e.index] = e.param.detach().clone()
+            elif e.way == SIDE:
+                empty = e.param.new_empty(0)
+                self.side.matrices[id(e.param)] = LowRank(e, empty, empty, empty)
+        self.side.attach(model, self.hooks)
+        self.draw_bases(0)
+
+    def detach(self) -> None:
+        self.side.leave_all()
+        self.hooks.remove()
+        self._copies.clear()
+
+    def draw_bases(self, window: int) -> None:
+        """U and V of every matrix: QR of the contract's normals, draw = index of the window."""
+        self._bases = [self._basis_pair(e, window) for e in self.plan.factored]
+        for e, (u, v) in zip(self.plan.factored, self._bases, strict=True):
+            if e.way == SIDE:
+                low = self.side.matrices[id(e.param)]
+                low.u, low.v = u, v
+        ws = [e.param for e in self.plan.factored]
+        if self.options.apply == "in_place" and ws:
+            us, vs = [u for u, _ in self._bases], [v for _, v in self._bases]
+            streams = [stream_id(PURPOSE_CORE, e.index) for e in self.plan.factored]
+            with torch.no_grad():
+                self._perturb = perturb_plan(ws, us, vs, streams)
+        self._show_current()
+
+    def _basis_pair(self, e: Entry, window: int) -> tuple[Tensor, Tensor]:
+        m, n = e.factor
+        kind: dict[str, Any] = dict(dtype=e.param.dtype, device=e.param.device)
+        return tuple(  # type: ignore[return-value]
+            orthonormal_basis(
+                rows, e.rank, seed=self.options.seed, window=window, stream=stream_id(purpose, e.index), **kind
+            )
+            for rows, purpose in ((m, PURPOSE_BASIS_U), (n, PURPOSE_BASIS_V))
+        )
+
+    # one step
+
+    @contextmanager
+    def perturbed(self, eps: float, rng: Tensor) -> Iterator[list[tuple[int | None, int]]]:
+        """Prepare all groups of a step; afterwards the weights show what the update made of them.
+
+        Yields (query, sign) of every group; ``show(g)`` or ``show_all`` evaluate them.
+        """
+        signs = self.options.signs()
+        coeff = torch.zeros(len(signs), self.options.queries)
+        for g, (k, sign) in enumerate(signs):
+            if k is not None:
+                coeff[g, k] = sign * eps
+        self._coeff = coeff.to(rng.device)
+        self._rng = rng
+        self._shown = -1
+        if self.cores and self.options.apply == "forward":
+            self._group_cores = self.cores.evaluation(self._coeff, rng)
+        if self.masters:
+            self._group_values = self.masters.evaluation(self._coeff, rng, [k for k, _ in signs])
+        before = self.cores.value.clone() if self.cores else torch.zeros(())
+        try:
+            yield signs
+        finally:
+            self.side.leave_all()
+            if self.options.apply == "in_place" and self.cores and self._shown >= 0:
+                self._settle(self.cores.value - before)
+            self._group_cores, self._group_values = [], []
+            self._changed = True
+            self._show_current()
+
+    def show_all(self, rows: int) -> None:
+        """All groups at once: axis 0 of every module's input holds them in order."""
+        self.side.groups, self.side.rows = self._coeff.shape[0], rows
+        self._set_cores(self._group_cores)
+        self._set_values(self._group_values)
+
+    def show(self, g: int) -> None:
+        """Group g alone."""
+        self.side.groups = self.side.rows = 1
+        if self.options.apply == "in_place":
+            if self.plan.factored:
+                self._perturb.perturb_(self._coeff[g] - self._coefficient(self._shown), self._rng)
+        else:
+            self._set_cores([c[g : g + 1] for c in self._group_cores])
+            self._write_copies([c[g] for c in self._group_cores], self._rng)
+        self._set_values([v[g : g + 1] for v in self._group_values])
+        self._write_dense([v[g] for v in self._group_values], self._rng)
+        self._shown = g
+
+    def _coefficient(self, g: int) -> Tensor:
+        return torch.zeros_like(self._coeff[0]) if g < 0 else self._coeff[g]
+
+    def _settle(self, change: Tensor) -> None:
+        """apply="in_place": take the last perturbation back and add the update, in one pass over W."""
+        assert self.cores
+        core = self.cores.views(change)
+        noise = -self._coefficient(self._shown)[None]
+        streams, mus = self.cores.streams, self.cores.mus
+        core_noise_([c[None] for c in core], core, noise, self._rng, streams=streams, mu=mus)
+        self._shown = -1
+        self._fold_into([e.param for e in self.plan.factored], core, 1.0)
+        self.folds += 1
+
+    def decay_(self, factor: Tensor) -> None:
+        """Decoupled weight decay of a step: on S now, on W's own part at the fold."""
+        if self.cores:
+            self.cores.value.mul_(factor)
+            self.decay.mul_(factor)
+
+    # between steps
+
+    def _show_current(self) -> None:
+        """The model evaluates W + U S V^T and the masters."""
+        self.side.groups = self.side.rows = 1
+        if self.cores:
+            cores = self.cores.views(self.cores.value)
+            self._set_cores([c[None] for c in cores])
+            if self._changed and self.options.apply == "forward":
+                self._write_copies(cores, self._rng)
+        if self.masters:
+            values = self.masters.views(self.masters.value)
+            self._set_values([v[None] for v in values])
+            if self._changed:
+                self._write_dense(values, self._rng)
+
+    def _set_cores(self, cores: list[Tensor]) -> None:
+        for e, core in zip(self.plan.factored, cores, strict=False):
+            if e.way == SIDE:
+                self.side.matrices[id(e.param)].core = core
+
+    def _set_values(self, values: list[Tensor]) -> None:
+        for e, value in zip(self.plan.dense, values, strict=False):
+            if e.way != DENSE_COPY:
+                self.side.dense[id(e.param)].values = value
+
+    def _write_copies(self, cores: list[Tensor], rng: Tensor) -> None:
+        for e, (u, v), core in zip(self.plan.factored, self._bases, cores, strict=False):
+            if e.way == COPY:
+                e.param.copy_(self._copies[e.index])
+                fold_(e.param, u, v, core, **self._rounding(e, rng, perturbing=True))
+
+    def _write_dense(self, values: list[Tensor], rng: Tensor) -> None:
+        for e, value in zip(self.plan.dense, values, strict=False):
+            if e.way == DENSE_COPY:
+                if e.param.dtype in (torch.bfloat16, torch.float16):
+                    word = words(rng, stream_id(PURPOSE_ROUNDING, e.index), value.numel())
+                    value = round_stochastic(value, word, e.param.dtype)
+                e.param.copy_(value.view(e.param.shape))
+
+    # folding
+
+    def fold(self) -> None:
+        """W = decay W + U S V^T, S = 0, decay = 1; nothing where no step came since the last."""
+        if not self._changed:
+            return
+        with torch.no_grad():
+            if self.cores:
+                # in place, W holds U S V^T already: decay W + (1 - decay) U S V^T is the same
+                decay = float(self.decay)
+                in_place = self.options.apply == "in_place"
+                core = self.cores.value * (1 - decay if in_place else 1.0)
+                targets = [self._copies.get(e.index, e.param) for e in self.plan.factored]
+                if not in_place or decay != 1:
+                    self._fold_into(targets, self.cores.views(core), decay)
+                    self.folds += 1
+                for e in self.plan.factored:
+                    if e.way == COPY:
+                        e.param.copy_(self._copies[e.index])
+                self.cores.value.zero_()
+                self.decay.fill_(1.0)
+            if self.masters:
+                self.masters.write_parameters()
+            self._changed = False
+
+    def _fold_into(self, targets: list[Any], cores: list[Tensor], decay: float) -> None:
+        rng = make_rng(self.options.seed, self.folds, device=self.decay.device)
+        for e, w, (u, v), core in zip(self.plan.factored, targets, self._bases, cores, strict=True):
+            fold_(w, u, v, core, decay=decay, **self._rounding(e, rng, perturbing=False))
+
+    def _rounding(self, e: Entry, rng: Tensor, perturbing: bool) -> dict[str, Any]:
+        """Stochastic for 16-bit unless asked otherwise: rounding to nearest would lose small changes."""
+        choice = self.options.fold_rounding
+        if choice == "auto" or perturbing:
+            choice = "nearest" if e.param.dtype.itemsize >= 4 else "stochastic"
+        if choice == "nearest":
+            return dict(rounding=choice)
+        return dict(rounding=choice, rng=rng, stream=stream_id(PURPOSE_ROUNDING, e.index))
+
+    def reread(self) -> None:
+        """The parameters were loaded from outside: they are the weights now, S = 0."""
+        with torch.no_grad():
+            for e in self.plan.factored:
+                if e.way == COPY:
+                    self._copies[e.index].copy_(e.param)
+            if self.cores:
+                self.cores.value.zero_()
+            if self.masters:
+                self.masters.read_parameters()
+        self.decay.fill_(1.0)
+        self._changed = False
+
+    def _before_copy(self, memo: dict[int, Any]) -> None:
+        self.fold()
+        for e in self.plan.entries:
+            if id(e.param) in memo:
+                memo[id(e.param)].data.copy_(e.param.data)

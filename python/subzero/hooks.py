@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -14,6 +15,11 @@ class Hook:
     def __init__(self, call: Callable[..., Any] | None, before_copy: Callable[[dict[int, Any]], None]):
         self._call = call
         self._before_copy = before_copy
+
+    @property
+    def live(self) -> bool:
+        """Whether an optimizer stands behind it."""
+        return self._call is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return None if self._call is None else self._call(*args, **kwargs)
@@ -50,3 +56,12 @@ class Hooks:
 
 def _nothing(memo: dict[int, Any]) -> None:
     """An inert hook's copies need no preparation."""
+
+
+def attached(model: nn.Module) -> bool:
+    """Whether an optimizer's hooks are on any module of ``model``."""
+    return any(
+        isinstance(hook, Hook) and hook.live
+        for module in model.modules()
+        for hook in module._state_dict_pre_hooks.values()
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import options, state
 from .evaluate import Evaluator
+from .hooks import attached
 from .plan import Plan, make_plan, one_device
 from .rules import RULES, Hyper, directional
 from .weights import Weights
@@ -89,6 +90,11 @@ class SubZero(torch.optim.Optimizer):
             raise TypeError(
                 f"model: expected a torch.nn.Module, got {type(model).__name__}; "
                 "pass the model itself, not its parameters"
+            )
+        if attached(model):
+            raise ValueError(
+                "model: expected one without a SubZero optimizer, got one that has it attached; "
+                "call detach() on that optimizer first"
             )
         plan = make_plan(model, rank, apply, reshape)
         if not plan.entries:
@@ -233,5 +239,5 @@ class SubZero(torch.optim.Optimizer):
     def _fold_first(self, *_: Any) -> None:
         self.fold()
 
-    def _after_load(self, *_: Any) -> None:
-        self._weights.reread()
+    def _after_load(self, module: nn.Module, *_: Any) -> None:
+        self._weights.reread(module)

@@ -172,7 +172,8 @@ def _classify(
 def _dense(
     name: str, index: int, p: nn.Parameter, owners: list[tuple[nn.Module, str]], why: str
 ) -> Entry:
-    known = p.dim() == 1 and all(
+    # one owner that serves it is enough: the others are aliases (BERT's head holds its decoder's bias)
+    known = p.dim() == 1 and any(
         is_norm(module) or (attribute == "bias" and _matrix_kind(module, "weight") in ("Linear", "Conv1D"))
         for module, attribute in owners
     )

@@ -77,10 +77,11 @@ class DenseSpace(Space):
         self.scale = torch.ones((), dtype=dtype, device=self.value.device)
         self.read_parameters()
 
-    def read_parameters(self) -> None:
-        """Masters become what the parameters hold now."""
+    def read_parameters(self, only: set[int] | None = None) -> None:
+        """Masters become what the parameters (of these ids) hold now."""
         for view, e in zip(self.views(self.value), self.entries, strict=True):
-            view.copy_(e.param.detach().reshape(-1))
+            if only is None or id(e.param) in only:
+                view.copy_(e.param.detach().reshape(-1))
 
     def write_parameters(self) -> None:
         """The parameters become their masters, rounded to nearest."""

@@ -79,7 +79,7 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
     options.check_group({k: group[k] for k in GROUP})
 
     with torch.no_grad():
-        weights.reread()
+        opt.fold()
         opt._rule_state = {"core": {}, "dense": {}}
         for name, value in saved["tensors"].items():
             space, _, key = name.partition(".")

@@ -52,6 +52,7 @@ class Weights:
         self.decay = torch.ones((), dtype=torch.float64, device=device)
         self._bases: list[tuple[Tensor, Tensor]] = []
         self._copies: dict[int, Tensor] = {}
+        self._owned: dict[nn.Module, dict[str, Any]] = {}
         self._changed = False
         self._eps = torch.zeros(())
         self._rng = torch.zeros(2, dtype=torch.int64)
@@ -71,6 +72,11 @@ class Weights:
 
     def attach(self, model: nn.Module) -> None:
         """Track, hook and draw the bases of the first window."""
+        trained = {id(e.param) for e in self.plan.entries}
+        for module in model.modules():
+            owned = {a: p for a, p in module._parameters.items() if id(p) in trained}
+            if owned:
+                self._owned[module] = owned
         for e in self.plan.dense:
             if e.way != DENSE_COPY:
                 empty = e.param.new_empty(0)
@@ -263,18 +269,19 @@ class Weights:
             return dict(rounding=choice)
         return dict(rounding=choice, rng=rng, stream=stream_id(PURPOSE_ROUNDING, e.index))
 
-    def reread(self) -> None:
-        """The parameters were loaded from outside: they are the weights now, S = 0."""
-        with torch.no_grad():
-            for e in self.plan.factored:
-                if e.way == COPY:
-                    self._copies[e.index].copy_(e.param)
-            if self.cores:
-                self.cores.value.zero_()
-            if self.masters:
-                self.masters.read_parameters()
-        self.decay.fill_(1.0)
-        self._changed = False
+    def reread(self, module: nn.Module) -> None:
+        """The module's own parameters were loaded from outside (after a fold): start from them."""
+        for attribute, parameter in self._owned.get(module, {}).items():
+            if getattr(module, attribute) is not parameter:
+                raise RuntimeError(
+                    f"load_state_dict: expected to load into the trained parameter {attribute} of "
+                    f"{type(module).__name__}, got a new one; load without assign=True"
+                )
+            for e in self.plan.entries:
+                if e.param is parameter and e.way == COPY:
+                    self._copies[e.index].copy_(parameter.detach())
+        if self.masters and self._owned.get(module):
+            self.masters.read_parameters(set(map(id, self._owned[module].values())))
 
     def _before_copy(self, memo: dict[int, Any]) -> None:
         self.fold()

@@ -1,0 +1,59 @@
+# Two commands matter: `make finetune` and `make test`. Both set up what they need in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# auto builds the CUDA kernels where nvcc is found; 0 the CPU module alone; 1 insists
+export SUBZERO_BUILD_CUDA ?= auto
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help finetune test test-gpu lint format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+finetune: $(VENV)/.train  ## fine-tune SmolLM2-135M on movie-review sentences, from nothing to a report
+	$(BIN)/python -m subzero.demo
+
+test: $(VENV)/.dev lint  ## everything CI runs: lint, types, the whole CPU suite
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.dev  ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev  ## ruff, mypy and clang-format, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
+
+format: $(VENV)/.dev  ## rewrite all sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
+
+bench: $(VENV)/.train  ## perturb_many_ over SmolLM2-135M against addmm_ and the eager line
+	$(BIN)/python benchmarks/bench_perturb_cpu.py
+
+clean:  ## remove the environment and all build products
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info subzero_kernels/_native*.so
+
+# Stamps: packages are installed when their pins change, the native module is built when its sources do.
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train-packages: requirements/train.txt requirements/build.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -r requirements/train.txt
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.train-packages $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train requirements/dev.txt
+	$(BIN)/python -m pip install -q -r requirements/dev.txt
+	@touch $@

@@ -36,7 +36,7 @@ def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Non
 def check_companion(name: str, tensor: Tensor, like: Tensor) -> None:
     """u, v or bias: the dtype of the weight or fp32."""
     if tensor.dtype is not like.dtype and tensor.dtype is not torch.float32:
-        check_dtype(name, tensor, [like.dtype, torch.float32])
+        check_dtype(name, tensor, sorted({like.dtype, torch.float32}, key=str))
 
 
 def check_small(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -190,7 +190,7 @@ def check_factors(w: Named, u: Named, v: Named, *, reshape: bool) -> None:
     columns = v[1].shape[0]
     fits = rows * columns == w[1].numel() if reshape else (rows, columns) == tuple(w[1].shape)
     if not fits or v[1].shape[1] != rank:
-        raise _factor_error(w, u, v)
+        raise _factor_error(w, u, v, reshape=reshape)
     if not 1 <= rank <= min(rows, columns):
         raise fail(
             u[0],
@@ -200,12 +200,12 @@ def check_factors(w: Named, u: Named, v: Named, *, reshape: bool) -> None:
         )
 
 
-def _factor_error(w: Named, u: Named, v: Named) -> ValueError:
+def _factor_error(w: Named, u: Named, v: Named, *, reshape: bool) -> ValueError:
     """Blame the factor that does not fit w's own shape, or both where neither does."""
     (rows, rank), (columns, other_rank) = u[1].shape, v[1].shape
     shape = tuple(w[1].shape)
     own_rows, own_columns = shape if len(shape) == 2 else (-1, -1)
-    if columns == own_columns:
+    if columns == own_columns or (not reshape and rows != own_rows):
         culprit, wanted = u, (own_rows, other_rank)
     elif rows == own_rows:
         culprit, wanted = v, (own_columns, rank)

@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests: the backends that can run here, each on the devices it takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from subzero_kernels import backends
+
+
+class Target(NamedTuple):
+    """A backend, forced through SUBZERO_BACKEND, and the device of the tensors it gets."""
+
+    backend: str
+    device: str
+
+
+def _targets() -> list[Target]:
+    targets = [Target("reference", "cpu")]
+    if backends.load("cpu")[0] is not None:
+        targets.append(Target("cpu", "cpu"))
+    if torch.cuda.is_available():
+        targets.append(Target("reference", "cuda"))
+        if backends.load("cuda")[0] is not None:
+            targets.append(Target("cuda", "cuda"))
+    return targets
+
+
+@pytest.fixture(params=_targets(), ids=lambda target: f"{target.backend}-{target.device}")
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """One of the backends that can run here; a test that takes it runs once on each."""
+    monkeypatch.setenv(backends.VARIABLE, request.param.backend)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests draw their data from torch's global generator, the same in every run and order."""
+    torch.manual_seed(20241008)

@@ -199,7 +199,8 @@ def test_lora_tensors_are_reshaped_and_exact() -> None:
     for apply in ("forward", "in_place"):
         torch.manual_seed(0)
         model = peft.get_peft_model(
-            build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_alpha=4)
+            build("llama"),
+            peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_alpha=4),
         )
         with torch.no_grad():
             for n, p in model.named_parameters():
@@ -306,7 +307,9 @@ def test_bad_models_and_closures() -> None:
         opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
-@pytest.mark.parametrize("value", [0.5, torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "value", [0.5, torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)]
+)
 def test_any_scalar_is_a_loss(value: Any) -> None:
     model = linear()
     assert SubZero(model, rank=2).step(lambda: value).item() == 0.5

@@ -209,9 +209,7 @@ def test_bf16_learns_with_read_only_weights() -> None:
     )
     for _ in range(60):
         opt.step(b, per_example(model))
-    assert all(
-        torch.equal(p, before[n]) for n, p in model.named_parameters() if p.dim() == 2
-    )
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if p.dim() == 2)
     with torch.no_grad():
         last = per_example(model)(b).mean().item()
         opt.fold()

@@ -54,7 +54,13 @@ class Oracle:
     """DESIGN's step, written out in float64."""
 
     def __init__(self, toy: Toy, rule: str, sides: str, queries: int, window: int, **hyper: float):
-        self.toy, self.rule, self.sides, self.queries, self.window = toy, rule, sides, queries, window
+        self.toy, self.rule, self.sides, self.queries, self.window = (
+            toy,
+            rule,
+            sides,
+            queries,
+            window,
+        )
         self.hyper = hyper
         self.w = toy.linear.weight.detach().double()
         self.b = toy.linear.bias.detach().double()
@@ -84,7 +90,10 @@ class Oracle:
             self.count_core = 0
         u, v = self.bases(step)
         k_range = range(self.queries)
-        zs = [normal((RANK, RANK), step * self.queries + k, stream_id(PURPOSE_CORE, 0)) for k in k_range]
+        zs = [
+            normal((RANK, RANK), step * self.queries + k, stream_id(PURPOSE_CORE, 0))
+            for k in k_range
+        ]
         ds = [normal((M,), step * self.queries + k, stream_id(PURPOSE_DENSE, 1)) for k in k_range]
 
         def at(k: int, sign: float) -> Tensor:
@@ -160,7 +169,9 @@ def test_rule_against_oracle(rule: str, sides: str, queries: int, lr: float, app
     moved = (oracle.w - start).norm()
     assert moved > 1e-3
     assert (toy.linear.weight.double() - oracle.w).norm() < 2e-3 * moved
-    assert (toy.linear.bias.double() - oracle.b).norm() < 2e-3 * (oracle.b - Toy().linear.bias).norm()
+    assert (toy.linear.bias.double() - oracle.b).norm() < 2e-3 * (
+        oracle.b - Toy().linear.bias
+    ).norm()
 
 
 @pytest.mark.parametrize("keep", [True, False])

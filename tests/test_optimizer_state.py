@@ -17,7 +17,9 @@ RULES = [dict(rule="sgd"), dict(rule="momentum"), dict(rule="adam"), dict(rule="
 BASE = dict(lr=1e-2, eps=1e-2, rank=4, refresh_every=3, weight_decay=0.1, seed=11)
 
 
-def resumed(model: nn.Module, state: dict[str, Any], weights: dict[str, Any], **options: Any) -> tuple:
+def resumed(
+    model: nn.Module, state: dict[str, Any], weights: dict[str, Any], **options: Any
+) -> tuple:
     fresh = build("llama", seed=5, dtype=next(model.parameters()).dtype)
     opt = SubZero(fresh, **options)
     fresh.load_state_dict(weights)
@@ -29,7 +31,9 @@ def resumed(model: nn.Module, state: dict[str, Any], weights: dict[str, Any], **
 @pytest.mark.parametrize("apply", ["forward", "in_place"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r["rule"])
 @pytest.mark.parametrize("model_first", [True, False])
-def test_resume_is_bit_for_bit(rule: dict, apply: str, dtype: torch.dtype, model_first: bool) -> None:
+def test_resume_is_bit_for_bit(
+    rule: dict, apply: str, dtype: torch.dtype, model_first: bool
+) -> None:
     options = dict(BASE, apply=apply, **rule)
     b = batch()
     model = build("llama", dtype=dtype)

@@ -14,7 +14,9 @@ SIZE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_he
 
 def _llama() -> nn.Module:
     return tf.LlamaForCausalLM(
-        tf.LlamaConfig(**SIZE, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
+        tf.LlamaConfig(
+            **SIZE, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True
+        )
     )
 
 
@@ -47,13 +49,21 @@ def _gpt2() -> nn.Module:
 
 
 def _bert() -> nn.Module:
-    return tf.BertForMaskedLM(tf.BertConfig(**SIZE, intermediate_size=48, max_position_embeddings=64))
+    return tf.BertForMaskedLM(
+        tf.BertConfig(**SIZE, intermediate_size=48, max_position_embeddings=64)
+    )
 
 
 def _t5() -> nn.Module:
     return tf.T5ForConditionalGeneration(
         tf.T5Config(
-            vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+            vocab_size=96,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
         )
     )
 
@@ -61,10 +71,16 @@ def _t5() -> nn.Module:
 def _mixtral() -> nn.Module:
     model = tf.MixtralForCausalLM(
         tf.MixtralConfig(
-            **SIZE, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+            **SIZE,
+            intermediate_size=48,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
         )
     )
-    model.set_experts_implementation("eager")  # the grouped kernel takes no float64, the oracle's dtype
+    model.set_experts_implementation(
+        "eager"
+    )  # the grouped kernel takes no float64, the oracle's dtype
     return model
 
 

@@ -1,8 +1,8 @@
 """SubZero: zeroth-order fine-tuning of language models in random subspaces, forward passes only.
 
-    from subzero import SubZero
-    opt = SubZero(model, lr=1e-6, eps=1e-3, rank=64)
-    loss = opt.step(lambda: model(**batch).loss)
+from subzero import SubZero
+opt = SubZero(model, lr=1e-6, eps=1e-3, rank=64)
+loss = opt.step(lambda: model(**batch).loss)
 """
 
 from subzero_kernels import __version__

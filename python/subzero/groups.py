@@ -89,7 +89,9 @@ class SharedPrefix:
         self.names: list[str] = []
         for name, blocks in _outer_lists(model):
             count = 0
-            while count < len(blocks) and not any(id(p) in trained for p in blocks[count].parameters()):
+            while count < len(blocks) and not any(
+                id(p) in trained for p in blocks[count].parameters()
+            ):
                 count += 1
             if not count:
                 continue
@@ -142,6 +144,8 @@ def _outer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The module lists of blocks, without those inside a block."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{n}.") for n, _ in found):
+        if isinstance(module, nn.ModuleList) and not any(
+            name.startswith(f"{n}.") for n, _ in found
+        ):
             found.append((name, module))
     return found

@@ -12,7 +12,9 @@ from torch.utils.hooks import RemovableHandle
 class Hook:
     """Calls ``call``. A copied or pickled model gets an inert hook and folded weights."""
 
-    def __init__(self, call: Callable[..., Any] | None, before_copy: Callable[[dict[int, Any]], None]):
+    def __init__(
+        self, call: Callable[..., Any] | None, before_copy: Callable[[dict[int, Any]], None]
+    ):
         self._call = call
         self._before_copy = before_copy
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import options, state
-from .evaluate import Evaluator
+from .losses import Evaluator
 from .hooks import attached
 from .plan import Plan, make_plan, one_device
 from .rules import RULES, Hyper, directional
@@ -36,7 +36,7 @@ class SubZero(torch.optim.Optimizer):
             with rho in units of the losses' spread, with adam it is a change per weight.
         eps: half the distance of the two evaluations, in units of mu Z. At least 1e-3 for 16-bit.
         rank: r, at least 1; clipped to min(m', n') of each matrix, as ``plan()`` shows.
-        refresh_every: steps of a window, after which W takes up U S V^T and the bases are drawn anew.
+        refresh_every: steps of a window; then W takes up U S V^T and the bases are drawn anew.
         queries: K, perturbations per step.
         sides: "two" (K pairs), "one" (a baseline and K), or "auto": two.
         rule: "sgd", "momentum", "adam" or "norm" (sgd on rho over the losses' std; K >= 4).
@@ -142,9 +142,9 @@ class SubZero(torch.optim.Optimizer):
         once for each sign of each query; differentiable or not.
 
         ``step(batch, per_example_loss)``: per_example_loss(batch) -> (examples,), evaluated for
-        all signs and queries in one forward: every tensor of the batch whose axis 0 is the batch is
-        repeated group by group. A list of batches is a list of micro-batches under one perturbation,
-        averaged over examples.
+        all signs and queries in one forward: every tensor of the batch whose axis 0 is the batch
+        is repeated group by group. A list of batches is a list of micro-batches under one
+        perturbation, averaged over examples.
 
         The model runs in eval mode and without autograd, and its modes are put back. A loss that
         is not finite skips the step and is counted in ``skipped``.

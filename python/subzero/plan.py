@@ -27,7 +27,7 @@ class Entry:
 
     ``index`` is the parameter index of the RNG contract: the position in
     ``model.named_parameters()``, frozen parameters counted, tied weights once.
-    ``factor`` is (m', n') and ``rank`` is r; both are None for dense parameters.
+    ``factor`` is (m', n') and ``rank`` is r; a dense parameter has neither, and rank 0.
     """
 
     name: str
@@ -35,13 +35,12 @@ class Entry:
     param: nn.Parameter
     way: str
     why: str
-    factor: tuple[int, int] | None = None
-    rank: int | None = None
+    factor: tuple[int, int] = (0, 0)
+    rank: int = 0
 
     @property
     def mu(self) -> float:
         """sqrt(m' n') / r, the scale of the perturbation U Z V^T."""
-        assert self.factor is not None and self.rank is not None
         return math.sqrt(self.factor[0] * self.factor[1]) / self.rank
 
     @property
@@ -49,7 +48,7 @@ class Entry:
         """Bytes held beside the parameter: its pristine copy or its fp32 master."""
         if self.way == COPY:
             return self.param.numel() * self.param.element_size()
-        return 0 if self.factor is not None else self.param.numel() * 4
+        return 0 if self.rank else self.param.numel() * 4
 
 
 @dataclass
@@ -68,32 +67,34 @@ class Plan:
 
     @property
     def factored(self) -> list[Entry]:
-        return [e for e in self.entries if e.factor is not None]
+        return [e for e in self.entries if e.rank]
 
     @property
     def dense(self) -> list[Entry]:
-        return [e for e in self.entries if e.factor is None]
+        return [e for e in self.entries if not e.rank]
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "factors", "rank", "way", "why")]
         for e in self.entries:
-            factor = " x ".join(map(str, e.factor)) if e.factor else "-"
-            rank = "-" if e.rank is None else str(e.rank)
+            factor = " x ".join(map(str, e.factor)) if e.rank else "-"
+            rank = str(e.rank or "-")
             rows.append((e.name, " x ".join(map(str, e.param.shape)), factor, rank, e.way, e.why))
         widths = [max(len(row[c]) for row in rows) for c in range(5)]
-        lines = ["  ".join([*(t.ljust(w) for t, w in zip(r, widths, strict=False)), r[5]]) for r in rows]
+        lines = [
+            "  ".join([*(t.ljust(w) for t, w in zip(r, widths, strict=False)), r[5]]) for r in rows
+        ]
         return "\n".join([*lines, "", self.summary()])
 
     def summary(self) -> str:
         """A few lines: how much is trained, in which subspace, at which cost in memory."""
         trained = sum(e.param.numel() for e in self.entries)
-        cores = sum(e.rank**2 for e in self.factored if e.rank)
+        cores = sum(e.rank**2 for e in self.factored)
         dense = sum(e.param.numel() for e in self.dense)
-        clipped = sum(e.rank is not None and e.rank < self.requested_rank for e in self.factored)
-        bases = sum(sum(e.factor) * e.rank * e.param.element_size() for e in self.factored)  # type: ignore
+        clipped = sum(e.rank < self.requested_rank for e in self.factored)
+        bases = sum(sum(e.factor) * e.rank * e.param.element_size() for e in self.factored)
         lines = [
-            f"{trained:,} parameters trained ({len(self.factored)} matrices, {len(self.dense)} dense), "
-            f"{self.frozen:,} frozen",
+            f"{trained:,} parameters trained ({len(self.factored)} matrices, "
+            f"{len(self.dense)} dense), {self.frozen:,} frozen",
             f"{cores + dense:,} directions: {cores:,} in cores of rank up to {self.requested_rank}"
             + (f" (rank clipped for {clipped} smaller matrices)" if clipped else "")
             + f", {dense:,} dense",
@@ -104,7 +105,9 @@ class Plan:
             else "groups of a step: all signs and queries in one forward",
         ]
         if self.shared and not self.one_by_one:
-            lines.append(f"run once for all groups: {', '.join(self.shared)} (nothing trained there)")
+            lines.append(
+                f"run once for all groups: {', '.join(self.shared)} (nothing trained there)"
+            )
         return "\n".join(lines)
 
 
@@ -121,7 +124,9 @@ def make_plan(model: nn.Module, rank: int, apply: str, reshape: str) -> Plan:
         if not parameter.requires_grad:
             frozen += parameter.numel()
         elif parameter.numel():
-            entries.append(_classify(name, index, parameter, owners[id(parameter)], rank, apply, reshape))
+            entries.append(
+                _classify(name, index, parameter, owners[id(parameter)], rank, apply, reshape)
+            )
     return Plan(entries, frozen, rank, _why_one_by_one(model, entries, apply))
 
 
@@ -172,9 +177,10 @@ def _classify(
 def _dense(
     name: str, index: int, p: nn.Parameter, owners: list[tuple[nn.Module, str]], why: str
 ) -> Entry:
-    # one owner that serves it is enough: the others are aliases (BERT's head holds its decoder's bias)
+    # one owner that serves it is enough, others are aliases: BERT's head holds its decoder's bias
     known = p.dim() == 1 and any(
-        is_norm(module) or (attribute == "bias" and _matrix_kind(module, "weight") in ("Linear", "Conv1D"))
+        is_norm(module)
+        or (attribute == "bias" and _matrix_kind(module, "weight") in ("Linear", "Conv1D"))
         for module, attribute in owners
     )
     owner = type(owners[0][0]).__name__
@@ -247,7 +253,7 @@ def one_device(params: Iterable[Tensor]) -> torch.device:
     devices = {p.device for p in params}
     if len(devices) != 1:
         raise ValueError(
-            f"model: expected all trained parameters on one device, got {sorted(map(str, devices))}; "
-            "load the model without device_map or freeze the parts elsewhere"
+            "model: expected all trained parameters on one device, got "
+            f"{sorted(map(str, devices))}; load the model without device_map or freeze the parts elsewhere"
         )
     return devices.pop()

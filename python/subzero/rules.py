@@ -91,4 +91,3 @@ RULES: dict[str, Callable[[Space, State, Tensor, Tensor, Tensor, Hyper], None]] 
 
 def _buffer(space: Space, state: State, name: str) -> Tensor:
     return state.setdefault(name, torch.zeros_like(space.value))
-

@@ -2,8 +2,9 @@
 
 Each module that owns a trained parameter gets a pre-hook and a hook. Between them a torch
 function mode is active that recognises the parameter itself among the arguments of F.linear,
-torch.addmm (Conv1D), F.embedding, F.layer_norm, F.rms_norm or, inside a norm, of any elementwise function.
-So the module's class, attributes, forward (overridden or not) and parameters stay as they are.
+torch.addmm (Conv1D), F.embedding, F.layer_norm, F.rms_norm or, inside a norm, of any elementwise
+function. So the module's class, attributes, forward (overridden or not) and parameters stay as
+they are.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class SidePath(TorchFunctionMode):
     def attach(self, model: nn.Module, hooks: Hooks) -> None:
         """Hook every module that owns one of the tracked parameters."""
         for module in model.modules():
-            if any(id(p) in self.matrices or id(p) in self.dense for p in module._parameters.values()):
+            if any(
+                id(p) in self.matrices or id(p) in self.dense for p in module._parameters.values()
+            ):
                 hooks.add(module.register_forward_pre_hook, self._enter, prepend=True)
                 hooks.add(module.register_forward_hook, self._leave, always_call=True)
 
@@ -197,7 +200,10 @@ class SidePath(TorchFunctionMode):
             others = [a for a in args if isinstance(a, Tensor) and id(a) not in self.dense]
             x = others[0] if others else None
             out = func(
-                *(self._value(a, x) if isinstance(a, Tensor) and id(a) in self.dense else a for a in args),
+                *(
+                    self._value(a, x) if isinstance(a, Tensor) and id(a) in self.dense else a
+                    for a in args
+                ),
                 **kwargs,
             )
             if isinstance(out, Tensor) and others and out.is_floating_point():
@@ -230,7 +236,9 @@ class SidePath(TorchFunctionMode):
     def _check_rows(self, x: Tensor, tracked: LowRank | DenseValue | None) -> None:
         if self.groups > 1 and (x.dim() < 1 or x.shape[0] % self.rows):
             name = tracked.entry.name if tracked else "a parameter"
-            raise GroupsDiffer(f"{name} gets an input of shape {tuple(x.shape)} without the batch axis")
+            raise GroupsDiffer(
+                f"{name} gets an input of shape {tuple(x.shape)} without the batch axis"
+            )
 
 
 def _linear(

@@ -24,7 +24,9 @@ class Space(ABC):
     value: Tensor
     scale: Tensor  # mu of each element: sqrt(m' n') / r in cores, 1 in dense parameters
 
-    def __init__(self, entries: Sequence[Entry], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype):
+    def __init__(
+        self, entries: Sequence[Entry], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ):
         self.entries = list(entries)
         self.shapes = list(shapes)
         device = self.entries[0].param.device
@@ -48,11 +50,14 @@ class CoreSpace(Space):
     """The cores of all factored parameters, r x r each: S, momenta, moments."""
 
     def __init__(self, entries: Sequence[Entry], dtype: torch.dtype) -> None:
-        super().__init__(entries, [(e.rank, e.rank) for e in entries if e.rank], dtype)
+        super().__init__(entries, [(e.rank, e.rank) for e in entries], dtype)
         self.streams = [stream_id(PURPOSE_CORE, e.index) for e in entries]
         self.mus = [e.mu for e in entries]
         self.scale = torch.cat(
-            [self.value.new_full((math.prod(s),), mu) for s, mu in zip(self.shapes, self.mus, strict=True)]
+            [
+                self.value.new_full((math.prod(s),), mu)
+                for s, mu in zip(self.shapes, self.mus, strict=True)
+            ]
         )
 
     def add_noise_(self, flat: Tensor, coeff: Tensor, rng: Tensor, *, scaled: bool = True) -> None:

@@ -49,7 +49,10 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
     weights = opt._weights
     for key in ("contract", "options", "parameters", "counters", "param_groups", "tensors"):
         if key not in saved:
-            raise ValueError(f"state_dict: expected the key {key!r}, got {sorted(saved)}; pass what state_dict() gave")
+            raise ValueError(
+                f"state_dict: expected the key {key!r}, got {sorted(saved)}; "
+                "pass what state_dict() gave"
+            )
     if saved["contract"] != CONTRACT:
         raise ValueError(
             f"state_dict: expected contract {CONTRACT}, got {saved['contract']}; "
@@ -64,7 +67,9 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
             )
     for ours, theirs in zip(_parameters(opt), saved["parameters"], strict=False):
         if list(ours) != list(theirs):
-            raise ValueError(f"state_dict: expected parameter {ours}, got {theirs}; load it into the same model")
+            raise ValueError(
+                f"state_dict: expected parameter {ours}, got {theirs}; load it into the same model"
+            )
     if len(saved["parameters"]) != len(_parameters(opt)):
         raise ValueError(
             f"state_dict: expected {len(_parameters(opt))} trained parameters, got "
@@ -74,7 +79,9 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
     for name, value in saved["tensors"].items():
         space, _, key = name.partition(".")
         if space not in spaces or (key != "updates" and value.shape != spaces[space].value.shape):
-            raise ValueError(f"state_dict: expected no tensor {name} of shape {tuple(value.shape)} here")
+            raise ValueError(
+                f"state_dict: expected no tensor {name} of shape {tuple(value.shape)} here"
+            )
     group = {k: v for k, v in saved["param_groups"][0].items() if k != "params"}
     options.check_group({k: group[k] for k in GROUP})
 
@@ -83,11 +90,11 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
         opt._rule_state = {"core": {}, "dense": {}}
         for name, value in saved["tensors"].items():
             space, _, key = name.partition(".")
-            ours = _like(value, spaces[space].value, key)
+            tensor = _like(value, spaces[space].value, key)
             if name == "dense.value":
-                spaces[space].value.copy_(ours)
+                spaces[space].value.copy_(tensor)
             else:
-                opt._rule_state[space][key] = ours
+                opt._rule_state[space][key] = tensor
     counters = saved["counters"]
     opt.steps, opt.draws, weights.folds = counters["steps"], counters["draws"], counters["folds"]
     opt.window = counters["window"]

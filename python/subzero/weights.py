@@ -115,7 +115,12 @@ class Weights:
         kind: dict[str, Any] = dict(dtype=e.param.dtype, device=e.param.device)
         return tuple(  # type: ignore[return-value]
             orthonormal_basis(
-                rows, e.rank, seed=self.options.seed, window=window, stream=stream_id(purpose, e.index), **kind
+                rows,
+                e.rank,
+                seed=self.options.seed,
+                window=window,
+                stream=stream_id(purpose, e.index),
+                **kind,
             )
             for rows, purpose in ((m, PURPOSE_BASIS_U), (n, PURPOSE_BASIS_V))
         )
@@ -174,7 +179,7 @@ class Weights:
         return torch.zeros_like(self._coeff[0]) if g < 0 else self._coeff[g]
 
     def _settle(self, change: Tensor) -> None:
-        """apply="in_place": take the last perturbation back and add the update, in one pass over W."""
+        """apply="in_place": undo the last perturbation and add the update, in one pass over W."""
         assert self.cores
         core = self.cores.views(change)
         noise = -self._coefficient(self._shown)[None]
@@ -261,7 +266,7 @@ class Weights:
             fold_(w, u, v, core, decay=decay, **self._rounding(e, rng, perturbing=False))
 
     def _rounding(self, e: Entry, rng: Tensor, perturbing: bool) -> dict[str, Any]:
-        """Stochastic for 16-bit unless asked otherwise: rounding to nearest would lose small changes."""
+        """Stochastic for 16-bit unless asked otherwise: nearest would lose small changes."""
         choice = self.options.fold_rounding
         if choice == "auto" or perturbing:
             choice = "nearest" if e.param.dtype.itemsize >= 4 else "stochastic"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .groups import SharedPrefix, batch_size, repeat_batch
 from .plan import DENSE, SIDE
-from .side_path import GroupsDiffer
+from .side_path import DenseValue, GroupsDiffer, LowRank
 from .weights import Weights
 
 Signs = list[tuple[int | None, int]]
@@ -58,7 +58,9 @@ class Evaluator:
         self._check_used()
         return torch.stack(losses)
 
-    def _batches(self, batches: list[Any], objective: Callable[[Any], Tensor], signs: Signs) -> Tensor:
+    def _batches(
+        self, batches: list[Any], objective: Callable[[Any], Tensor], signs: Signs
+    ) -> Tensor:
         total = sum(batch_size(b) for b in batches)
         if not self.plan.one_by_one:
             try:
@@ -70,7 +72,9 @@ class Evaluator:
         losses = []
         for g in range(len(signs)):
             self.weights.show(g)
-            losses.append(torch.stack([self._one(b, objective, 1).sum() for b in batches]).sum() / total)
+            losses.append(
+                torch.stack([self._one(b, objective, 1).sum() for b in batches]).sum() / total
+            )
         self._check_used()
         return torch.stack(losses)
 
@@ -90,7 +94,7 @@ class Evaluator:
         if not isinstance(losses, Tensor) or losses.shape != (examples,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"per_example_loss: expected a tensor of one loss per example, shape ({examples},), "
+                f"per_example_loss: expected one loss per example, a tensor of shape ({examples},), "
                 f'got {got}; use reduction="none" and average within each example'
             )
         return losses.detach().to(self.weights.decay.device, torch.float32)
@@ -101,10 +105,12 @@ class Evaluator:
             return
         self._used_checked = True
         side = self.weights.side
-        tracked = [*side.matrices.values(), *side.dense.values()]
+        tracked: list[LowRank | DenseValue] = [*side.matrices.values(), *side.dense.values()]
         unused = [t.entry.name for t in tracked if t.entry.way in (SIDE, DENSE) and not t.used]
         if unused:
-            names = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+            names = ", ".join(unused[:5]) + (
+                f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            )
             warnings.warn(
                 f"SubZero: {names} took no part in the first step's forward, or the model reads it "
                 "outside its own module; freeze it, or use apply='in_place'",

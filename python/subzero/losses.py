@@ -94,7 +94,7 @@ class Evaluator:
         if not isinstance(losses, Tensor) or losses.shape != (examples,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"per_example_loss: expected one loss per example, a tensor of shape ({examples},), "
+                f"per_example_loss: expected one loss per example, shape ({examples},), "
                 f'got {got}; use reduction="none" and average within each example'
             )
         return losses.detach().to(self.weights.decay.device, torch.float32)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import options, state
-from .losses import Evaluator
 from .hooks import attached
+from .losses import Evaluator
 from .plan import Plan, make_plan, one_device
 from .rules import RULES, Hyper, directional
 from .weights import Weights

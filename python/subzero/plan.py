@@ -254,6 +254,6 @@ def one_device(params: Iterable[Tensor]) -> torch.device:
     if len(devices) != 1:
         raise ValueError(
             "model: expected all trained parameters on one device, got "
-            f"{sorted(map(str, devices))}; load the model without device_map or freeze the parts elsewhere"
+            f"{sorted(map(str, devices))}; load it without device_map or freeze the parts elsewhere"
         )
     return devices.pop()

@@ -50,6 +50,16 @@ def test_lowrank_linear_adds_its_bias(target, dtype, bias):
     assert_linear(got, x, w, b, u, v, core, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_fp32_bias_is_not_rounded_before_it_is_added(target, dtype):
+    """x W^T = -1 and bias = 1 + 2**-13: a bias rounded to 16 bits would give 0."""
+    w, bias = -torch.eye(8).to(dtype), torch.full((8,), 1 + 2.0**-13)
+    u, core = torch.eye(8)[:, :2].to(dtype).contiguous(), torch.zeros(1, 2, 2)
+    x_, w_, b_, u_, core_ = on(target.device, torch.ones(3, 8).to(dtype), w, bias, u, core)
+    got = sk.lowrank_linear(x_, w_, b_, u_, u_, core_)
+    assert torch.equal(got.cpu(), torch.full((3, 8), 2.0**-13, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["transposed", "row-strided", "transposed row-strided"])
 def test_lowrank_linear_takes_weight_views(target, dtype, layout):

@@ -200,7 +200,8 @@ def check_core_noise_(
         if not math.isfinite(scale):
             raise fail(f"mu[{i}]", "a finite number", scale, "pass sqrt(m n) / r")
     check_rng(rng)
-    same = {(f"out[{i}]", f"base[{i}]") for i in range(len(out)) if groups == 1}
+    # Only with one group can out[i] be as large as base[i], and so be its very memory.
+    same = {(f"out[{i}]", f"base[{i}]") for i in range(len(out))}
     read += [("coeff", coeff), ("rng", rng)]
     check_device(written + read)
     check_no_grad(written + read)

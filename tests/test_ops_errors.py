@@ -347,6 +347,18 @@ def test_gradients_are_refused_in_grad_mode_only(op, name):
         getattr(sk, op)(**arguments)
 
 
+def test_a_plan_refuses_gradients_at_its_call_too():
+    arguments = good("perturb_plan")
+    parameter = arguments["ws"][0].requires_grad_()
+    with torch.no_grad():
+        plan = sk.perturb_plan(**arguments)
+        plan.perturb_(torch.tensor([0.1]), sk.make_rng(1))
+    before = parameter.detach().clone()
+    with pytest.raises(ValueError, match=r"^ws\[0\]: expected no gradient"):
+        plan.perturb_(torch.tensor([0.1]), sk.make_rng(1))
+    assert torch.equal(parameter, before)
+
+
 def test_a_plan_refuses_what_changed_since_it_was_made():
     arguments = good("perturb_plan")
     plan = sk.perturb_plan(**arguments)

@@ -18,6 +18,7 @@ class Target(NamedTuple):
 
 
 def _targets() -> list[Target]:
+    """reference runs everywhere; a native backend where it is built and its device is there."""
     targets = [Target("reference", "cpu")]
     if backends.load("cpu")[0] is not None:
         targets.append(Target("cpu", "cpu"))
@@ -28,7 +29,19 @@ def _targets() -> list[Target]:
     return targets
 
 
-@pytest.fixture(params=_targets(), ids=lambda target: f"{target.backend}-{target.device}")
+def _parameters() -> list:
+    """The targets as pytest wants them: those on a GPU behind the marker."""
+    return [
+        pytest.param(
+            target,
+            id=f"{target.backend}-{target.device}",
+            marks=[pytest.mark.gpu] if target.device == "cuda" else [],
+        )
+        for target in _targets()
+    ]
+
+
+@pytest.fixture(params=_parameters())
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
     """One of the backends that can run here; a test that takes it runs once on each."""
     monkeypatch.setenv(backends.VARIABLE, request.param.backend)

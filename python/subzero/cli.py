@@ -1,0 +1,224 @@
+"""The command line: ``subzero train``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import CommandError
+from .settings import Settings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with forward passes only, in random subspaces (SubZero).",
+)
+
+
+def main() -> None:
+    """Run the command line; an error of the user's is one line, not a traceback."""
+    try:
+        app()
+    except CommandError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was written")
+        sys.exit(130)
+
+
+def fail(error: CommandError) -> None:
+    """Print the error and leave with its code; with --debug show where it came from."""
+    if "--debug" in sys.argv:
+        raise error
+    Console(stderr=True, soft_wrap=True).print(
+        f"[bold red]error[/] {_plain(str(error))}", highlight=False
+    )
+    sys.exit(error.code)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _version(show: bool) -> None:
+    if show:
+        from . import __version__
+
+        typer.echo(f"subzero {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _option(group: str, flag: str, text: str, **how: Any) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=group, **how)
+
+
+DATA, MODEL, TRAIN, OPTIM = "Task and data", "Model", "Training", "Optimizer"
+D = Settings(model="", output="")
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face id, local folder, or GGUF file.", show_default=False)
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the result.", show_default=False)
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")
+    ] = D.overwrite,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    task: Annotated[
+        str | None,
+        _option(DATA, "--task", "movie-reviews, sst2, rte, or text (language modelling)."),
+    ] = D.task,
+    data: Annotated[
+        str | None,
+        _option(
+            DATA, "--data", "CSV, TSV or JSONL file, or a datasets name (name or name/config)."
+        ),
+    ] = D.data,
+    data_split: Annotated[
+        str, _option(DATA, "--data-split", "Split to take from a datasets name.")
+    ] = D.data_split,
+    template: Annotated[
+        str | None,
+        _option(DATA, "--template", "Prompt; {x} is the text column, {name} any other column."),
+    ] = D.template,
+    label_words: Annotated[
+        str | None,
+        _option(DATA, "--label-words", 'Answer to the prompt of each label: "0=terrible,1=great".'),
+    ] = D.label_words,
+    text_column: Annotated[
+        str | None, _option(DATA, "--text-column", "Column of the text (text, or the task's own).")
+    ] = D.text_column,
+    label_column: Annotated[
+        str | None, _option(DATA, "--label-column", "Column of the label (label).")
+    ] = D.label_column,
+    train_examples: Annotated[
+        int, _option(DATA, "--train-examples", "Train on at most this many.")
+    ] = D.train_examples,
+    dev_examples: Annotated[
+        int, _option(DATA, "--dev-examples", "Held out to choose the best weights.")
+    ] = D.dev_examples,
+    test_examples: Annotated[
+        int, _option(DATA, "--test-examples", "Held out to measure before and after.")
+    ] = D.test_examples,
+    split_seed: Annotated[
+        int, _option(DATA, "--split-seed", "Decides which examples are held out.")
+    ] = D.split_seed,
+    max_tokens: Annotated[
+        int, _option(DATA, "--max-tokens", "Longer prompts lose tokens at their beginning.")
+    ] = D.max_tokens,
+    train_layers: Annotated[
+        str, _option(MODEL, "--train-layers", "all, upper (half), none, or numbers such as 15-29.")
+    ] = D.train_layers,
+    train_embeddings: Annotated[
+        bool, _option(MODEL, "--train-embeddings", "Also train embeddings and head.")
+    ] = D.train_embeddings,
+    train_norms: Annotated[
+        bool, _option(MODEL, "--train-norms", "Also train norm weights and biases.")
+    ] = D.train_norms,
+    dtype: Annotated[
+        str, _option(MODEL, "--dtype", "Of the weights: float32, bfloat16, float16.")
+    ] = D.dtype,
+    device: Annotated[
+        str, _option(MODEL, "--device", "auto takes a GPU where there is one.")
+    ] = D.device,
+    steps: Annotated[int, _option(TRAIN, "--steps", "Optimizer steps.")] = D.steps,
+    batch_size: Annotated[int, _option(TRAIN, "--batch-size", "Examples a step.")] = D.batch_size,
+    eval_every: Annotated[
+        int, _option(TRAIN, "--eval-every", "Steps between evaluations on dev.")
+    ] = D.eval_every,
+    schedule: Annotated[
+        str, _option(TRAIN, "--schedule", "Of lr: cosine or linear to zero, or constant.")
+    ] = D.schedule,
+    seed: Annotated[int, _option(TRAIN, "--seed", "Of batches, bases and noise.")] = D.seed,
+    max_minutes: Annotated[
+        float | None,
+        _option(TRAIN, "--max-minutes", "Stop training early after this long.", show_default=False),
+    ] = D.max_minutes,
+    lr: Annotated[float, _option(OPTIM, "--lr", "Learning rate.")] = D.lr,
+    eps: Annotated[float, _option(OPTIM, "--eps", "Size of a perturbation.")] = D.eps,
+    rank: Annotated[int, _option(OPTIM, "--rank", "Of the subspace of each matrix.")] = D.rank,
+    queries: Annotated[
+        int, _option(OPTIM, "--queries", "Perturbations a step, evaluated in one batch.")
+    ] = D.queries,
+    sides: Annotated[
+        str, _option(OPTIM, "--sides", "one (a baseline and each query), two (each +/-), or auto.")
+    ] = D.sides,
+    rule: Annotated[
+        str, _option(OPTIM, "--rule", "sgd, momentum, adam, or norm (needs 4 queries or more).")
+    ] = D.rule,
+    apply: Annotated[
+        str, _option(OPTIM, "--apply", "forward (weights stay read-only) or in_place.")
+    ] = D.apply,
+    refresh_every: Annotated[
+        int, _option(OPTIM, "--refresh-every", "Steps until the subspaces are drawn anew.")
+    ] = D.refresh_every,
+    momentum: Annotated[float, _option(OPTIM, "--momentum", "Of rule momentum.")] = D.momentum,
+    beta1: Annotated[float, _option(OPTIM, "--beta1", "Of rule adam.")] = D.beta1,
+    beta2: Annotated[float, _option(OPTIM, "--beta2", "Of rule adam.")] = D.beta2,
+    adam_eps: Annotated[float, _option(OPTIM, "--adam-eps", "Of rule adam.")] = D.adam_eps,
+    weight_decay: Annotated[
+        float, _option(OPTIM, "--weight-decay", "Decoupled, on matrices.")
+    ] = D.weight_decay,
+    state_at_refresh: Annotated[
+        str, _option(OPTIM, "--state-at-refresh", "reset or keep the rule's state.")
+    ] = D.state_at_refresh,
+    fold_rounding: Annotated[
+        str, _option(OPTIM, "--fold-rounding", "nearest, stochastic, or auto (by dtype).")
+    ] = D.fold_rounding,
+    reshape: Annotated[
+        str, _option(OPTIM, "--reshape", "none, square, grouped, or auto.")
+    ] = D.reshape,
+) -> None:
+    """Fine-tune a causal language model and write the result to a folder.
+
+    The data is divided into train, dev and test. Dev is evaluated while
+    training and chooses the weights that are kept; test is measured on them
+    once, and on the model as it was before. The folder gets the model
+    (safetensors, for plain transformers), metrics.json, training.png,
+    run.json (all options, versions) and command.txt.
+
+    [bold]Examples[/bold]
+
+    Movie reviews in a file with the columns text and label (0 or 1):
+
+      subzero train HuggingFaceTB/SmolLM2-135M --task movie-reviews
+      --data reviews.tsv -o runs/reviews
+
+    Your own classes; each answer must be one token of the model:
+
+      subzero train ./model --data mail.csv --text-column body
+      --label-column folder --template "{x} This mail is about"
+      --label-words "bills=money,trips=travel" -o runs/mail
+
+    Plain language modelling, all layers, one query, as in the paper:
+
+      subzero train ./model --task text --data notes.jsonl --steps 10000
+      --train-layers all --queries 1 --sides two --rule sgd --lr 1e-6
+      --rank 64 -o runs/notes
+    """
+    given = dict(locals())
+    given.pop("debug")
+    settings = Settings(**given)
+    # Heavy imports wait until the options have been understood.
+    from .trainer import train as run
+
+    run(settings, command=shlex.join(["subzero", *sys.argv[1:]]))

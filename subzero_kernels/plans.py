@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, validate
-from .backends import choose
+from .backends import choose, load
 
 
 class PerturbPlan:
@@ -27,6 +29,7 @@ class PerturbPlan:
         # Aliases of our own: a later `w.data = ...` cannot change the shapes that were checked.
         self._ws, self._us, self._vs = ([t.detach() for t in tensors] for tensors in self._given)
         self._addresses = self._given_addresses()
+        self._prepared: dict[str, Callable[..., None]] = {}
         self._storages = {t.untyped_storage().data_ptr() for t in self._ws}
 
     def _given_addresses(self) -> list[int]:
@@ -63,9 +66,20 @@ class PerturbPlan:
             return
         lead = self._lead
         chosen = choose("perturb_many_", lead.device.type, lead.dtype is torch.float64)
-        chosen.function(
-            self._ws, self._us, self._vs, coeff, rng, streams=self._streams, rounding=rounding
-        )
+        self._prepare(chosen.backend)(coeff, rng, rounding=rounding)
+
+    def _prepare(self, backend: str) -> Callable[..., None]:
+        """What runs the plan on a backend: its own plan, which takes the addresses once, if any."""
+        if backend not in self._prepared:
+            tensors = self._ws, self._us, self._vs
+            module: Any = load(backend)[0]
+            if hasattr(module, "perturb_plan"):
+                self._prepared[backend] = module.perturb_plan(*tensors, self._streams).perturb_
+            else:
+                self._prepared[backend] = functools.partial(
+                    module.perturb_many_, *tensors, streams=self._streams
+                )
+        return self._prepared[backend]
 
     def _shares_storage(self, coeff: Tensor, rng: Tensor) -> bool:
         return not self._storages.isdisjoint(

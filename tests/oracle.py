@@ -80,17 +80,21 @@ def scale(u: torch.Tensor, v: torch.Tensor) -> float:
     return float(np.float32(np.sqrt(np.float64(u.shape[0]) * v.shape[0]) / u.shape[1]))
 
 
-def basis(seed: int, window: int, stream: int, rows: int, rank: int) -> np.ndarray:
-    """Gram-Schmidt, done twice, in extended precision of the fp32 normals; so diag(R) > 0."""
-    z = normals(seed, window, stream, np.arange(rows * rank)).astype(np.float32)
-    columns = z.reshape(rows, rank).T.astype(np.longdouble)
+def gram_schmidt(z: np.ndarray) -> np.ndarray:
+    """Orthonormal columns in extended precision, each pass done twice; diag(R) > 0 by itself."""
     done: list[np.ndarray] = []
-    for column in columns:
+    for column in z.T.astype(np.longdouble):
         for _ in range(2):
             for q in done:
                 column = column - q * (q @ column)
         done.append(column / np.sqrt(column @ column))
     return np.stack(done, axis=1)
+
+
+def basis(seed: int, window: int, stream: int, rows: int, rank: int) -> np.ndarray:
+    """The basis of the fp32 normals, (rows, rank)."""
+    z = normals(seed, window, stream, np.arange(rows * rank)).astype(np.float32)
+    return gram_schmidt(z.reshape(rows, rank))
 
 
 def round_stochastic(value: float, word: int, dtype: torch.dtype) -> float:

@@ -3,8 +3,9 @@
 ``SUBZERO_BACKEND`` is read at each call: ``auto`` (the default) takes the native backend of the
 tensors' device where it is built and has the op, else ``reference``; a name takes that backend or
 raises. A backend is a module of this package with the op's own name and arguments as plain
-functions, ``OPS`` (the names it has) and ``available()`` (whether it runs here, and why). Backends
-trust their inputs: :mod:`subzero_kernels.validate` has checked them.
+functions, ``OPS`` (the names it has) and ``available()`` (whether it runs here, and why); it may
+have a ``perturb_plan(ws, us, vs, streams)`` of its own, whose ``perturb_`` a plan then calls.
+Backends trust their inputs: :mod:`subzero_kernels.validate` has checked them.
 """
 
 from __future__ import annotations

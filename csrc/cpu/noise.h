@@ -1,0 +1,70 @@
+// Runs of words and normals. The loops below hold philox.h's scalar definitions; the compiler turns
+// each into vector code, 16 blocks at a time under AVX-512.
+#pragma once
+
+#include "isa.h"
+
+namespace subzero::cpu::SUBZERO_ISA {
+
+constexpr int kBatchBlocks = 64;
+constexpr int kBatch = 4 * kBatchBlocks;
+
+static inline void batch_words(const NoiseSource& source, uint64_t block, uint32_t* out) {
+  for (int i = 0; i < kBatchBlocks; ++i) {
+    const Words words = block_words(source, block + static_cast<uint64_t>(i));
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = words.w[j];
+  }
+}
+
+static inline void batch_normals(const NoiseSource& source, uint64_t block, float* out) {
+  for (int i = 0; i < kBatchBlocks; ++i) {
+    const Normals normals = block_normals(source, block + static_cast<uint64_t>(i));
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = normals.z[j];
+  }
+}
+
+// The words or normals (`batch` says which) of elements first .. first + count.
+template <class T>
+static inline void fill(void (*batch)(const NoiseSource&, uint64_t, T*), const NoiseSource& source,
+                        int64_t first, int64_t count, T* out) {
+  while (count > 0) {
+    const uint64_t block = static_cast<uint64_t>(first) / 4;
+    const int64_t skip = first % 4;
+    if (skip == 0 && count >= kBatch) {
+      batch(source, block, out);
+      first += kBatch, out += kBatch, count -= kBatch;
+      continue;
+    }
+    T part[kBatch];
+    batch(source, block, part);
+    const int64_t taken = least(count, kBatch - skip);
+    memcpy(out, part + skip, static_cast<size_t>(taken) * sizeof(T));
+    first += taken, out += taken, count -= taken;
+  }
+}
+
+static inline void fill_words(const NoiseSource& source, int64_t first, int64_t count,
+                              uint32_t* out) {
+  fill(batch_words, source, first, count, out);
+}
+
+static inline void fill_normals(const NoiseSource& source, int64_t first, int64_t count,
+                                float* out) {
+  fill(batch_normals, source, first, count, out);
+}
+
+// Elements first .. first + count of a row-strided tensor as runs of contiguous memory:
+// f(pointer, first element, count).
+template <class T, class F>
+static inline void for_each_run(const Matrix& w, int64_t first, int64_t count, F&& f) {
+  T* const data = static_cast<T*>(w.data);
+  if (w.stride == w.columns || w.rows == 1) return f(data + first, first, count);
+  while (count > 0) {
+    const int64_t row = first / w.columns, column = first % w.columns;
+    const int64_t run = least(count, w.columns - column);
+    f(data + row * w.stride + column, first, run);
+    first += run, count -= run;
+  }
+}
+
+}  // namespace subzero::cpu::SUBZERO_ISA

@@ -1,0 +1,48 @@
+#include "lowrank_update.h"
+#include "ops.h"
+
+namespace subzero::cpu::SUBZERO_ISA {
+
+// C = mu sum_k coeff[k] Z_(draw + k), accumulated in double and rounded once.
+template <class Put>
+static void noise_core(const Update& update, const Queries& queries, int64_t first, int64_t count,
+                       Put&& put) {
+  const double rows = static_cast<double>(update.rows());
+  const double columns = static_cast<double>(update.columns());
+  const double rank = static_cast<double>(update.rank());
+  const float mu = static_cast<float>(__builtin_sqrt(rows * columns) / rank);
+  for (const int64_t end = first + count; first < end; first += kBatch) {
+    double sum[kBatch] = {};
+    float z[kBatch];
+    for (int64_t k = 0; k < queries.count; ++k) {
+      const double coeff = queries.coeff[k];
+      if (coeff == 0.0) continue;
+      batch_normals(noise_source(queries.rng, update.item.stream, k),
+                    static_cast<uint64_t>(first) / 4, z);
+      for (int i = 0; i < kBatch; ++i) sum[i] += coeff * static_cast<double>(z[i]);
+    }
+    for (int64_t i = 0; i < least(kBatch, end - first); ++i)
+      put(first + i, static_cast<float>(static_cast<double>(mu) * sum[i]));
+  }
+}
+
+Status perturb_many_(const PerturbMany& args, const Launch& launch) {
+  Buffer<Update> updates;
+  if (!updates.allocate(args.count)) return failure("no memory for the list of matrices");
+  for (int64_t i = 0; i < args.count; ++i) {
+    const LowRank& item = args.items[i];
+    updates.data[i] = {item, 1.0,
+                       args.rounding == Rounding::stochastic && item.w.dtype != Dtype::float32,
+                       noise_source(args.queries.rng, rounding_stream(item.stream))};
+  }
+  return update_many(updates.data, args.count, launch.threads,
+                     [&](int64_t item, int64_t first, int64_t count, auto&& put) {
+                       noise_core(updates.data[item], args.queries, first, count, put);
+                     });
+}
+
+Status perturb_(const Perturb& args, const Launch& launch) {
+  return perturb_many_({&args.item, 1, args.queries, args.rounding}, launch);
+}
+
+}  // namespace subzero::cpu::SUBZERO_ISA

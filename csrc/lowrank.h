@@ -1,0 +1,136 @@
+// The launch API of the native ops: no torch, no Python. Pointers are borrowed for the call, sizes
+// and strides count elements, arguments have been validated by the caller (subzero_kernels/ops.py).
+//
+// The ops are documented where users meet them, in subzero_kernels/ops.py; every function here has
+// the op's own name. A call writes nothing unless it returns ok.
+#pragma once
+
+#include <cstdint>
+
+namespace subzero {
+
+enum class Dtype : int32_t { float32, bfloat16, float16 };
+enum class Rounding : int32_t { nearest, stochastic };
+
+struct Status {
+  bool ok = true;
+  char message[248] = {};
+};
+
+// Row-major with contiguous rows, `stride` elements from row to row. A tensor of any other number
+// of dimensions is contiguous and comes as one row.
+struct Matrix {
+  void* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+  Dtype dtype;
+};
+
+// Where and how to run. CPU: at most `threads` threads. CUDA: `stream`, a cudaStream_t of `device`.
+struct Launch {
+  int32_t threads = 1;
+  int32_t device = 0;
+  void* stream = nullptr;
+};
+
+struct Philox4x32 {
+  const int64_t* counter;  // (count, 4), the low 32 bits of each
+  const int64_t* key;      // (2,)
+  int64_t* words;          // (count, 4)
+  int64_t count;
+};
+
+struct Normal {
+  Matrix out;
+  const int64_t* rng;  // [seed, draw], as everywhere below
+  uint32_t stream;
+};
+
+// K coefficients, one for each query: query k draws its noise at draw + k.
+struct Queries {
+  const float* coeff;
+  int64_t count;
+  const int64_t* rng;
+};
+
+// W, read row-major as (u.rows, v.rows), and its two bases.
+struct LowRank {
+  Matrix w;
+  Matrix u;
+  Matrix v;
+  uint32_t stream;
+};
+
+struct Perturb {
+  LowRank item;
+  Queries queries;
+  Rounding rounding;
+};
+
+struct PerturbMany {
+  const LowRank* items;
+  int64_t count;
+  Queries queries;
+  Rounding rounding;
+};
+
+struct Dense {
+  Matrix w;
+  uint32_t stream;
+};
+
+struct PerturbDense {
+  const Dense* items;
+  int64_t count;
+  Queries queries;
+  Rounding rounding;
+};
+
+struct Core {
+  float* out;         // (groups, rank, rank)
+  const float* base;  // (rank, rank); for one group it may be `out`
+  int64_t rank;
+  uint32_t stream;
+  float mu;
+};
+
+struct CoreNoise {
+  const Core* items;
+  int64_t count;
+  int64_t groups;
+  Queries queries;  // coeff (groups, count)
+};
+
+struct Fold {
+  LowRank item;
+  const float* core;  // (rank, rank)
+  double decay;
+  Rounding rounding;
+  const int64_t* rng;  // null unless the rounding is stochastic
+};
+
+namespace cpu {
+
+Status philox4x32(const Philox4x32& args, const Launch& launch);
+Status normal_(const Normal& args, const Launch& launch);
+Status perturb_(const Perturb& args, const Launch& launch);
+Status perturb_many_(const PerturbMany& args, const Launch& launch);
+Status perturb_dense_(const PerturbDense& args, const Launch& launch);
+Status core_noise_(const CoreNoise& args, const Launch& launch);
+Status fold_(const Fold& args, const Launch& launch);
+
+// ln of u for words first << 8, (first + 1) << 8, ...; sin and cos of 2 pi t likewise: for tests.
+Status ln(int64_t first, int64_t count, float* out);
+Status sincos_turns(int64_t first, int64_t count, float* sin, float* cos);
+
+}  // namespace cpu
+
+namespace cuda {
+
+Status philox4x32(const Philox4x32& args, const Launch& launch);
+Status normal_(const Normal& args, const Launch& launch);
+
+}  // namespace cuda
+
+}  // namespace subzero

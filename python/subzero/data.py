@@ -28,7 +28,9 @@ def load_examples(task: Task, data: str | None, data_split: str = "train") -> li
         )
     path = Path(source).expanduser()
     with tempfile.TemporaryDirectory() as cache:
-        if path.suffix.lower() in FILES or path.exists():
+        if path.is_dir():
+            dataset = _read_name(str(path), data_split, cache_dir=cache, keep_in_memory=True)
+        elif path.suffix.lower() in FILES or path.exists():
             dataset = _read_file(path, cache)
         else:
             dataset = _read_name(source, data_split)
@@ -72,23 +74,24 @@ def _read_file(path: Path, cache: str) -> Any:
     raise CommandError(f"--data: expected a file ending in {', '.join(FILES)}, got {path}")
 
 
-def _read_name(source: str, split: str) -> Any:
+def _read_name(source: str, split: str, **how: Any) -> Any:
     import datasets
 
     parts = source.split("/")
     # "name/config" and "owner/name/config" name a configuration; "owner/name" alone does not.
-    tries: list[tuple[str, str | None]] = [(source, None)] if len(parts) < 3 else []
-    if len(parts) > 1:
+    folder = Path(source).is_dir()
+    tries: list[tuple[str, str | None]] = [(source, None)] if folder or len(parts) < 3 else []
+    if len(parts) > 1 and not folder:
         tries.append(("/".join(parts[:-1]), parts[-1]))
     reason: Exception | None = None
     for name, config in tries:
         try:
-            return datasets.load_dataset(name, config, split=split)
+            return datasets.load_dataset(name, config, split=split, **how)
         except Exception as error:  # offline, unknown name, gated, unknown split: as many types
             reason = reason or error
     first = (str(reason).strip().splitlines() or [repr(reason)])[0]
     raise CommandError(
-        f"--data: {source!r} is no file, and `datasets` cannot load split {split!r} of it: {first}"
+        f"--data: no file {source!r}, and `datasets` cannot load split {split!r} of it: {first}"
     )
 
 

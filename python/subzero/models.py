@@ -59,7 +59,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "auto") -> Loade
         raise CommandError(f"model: no such folder or file: {name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CommandError(f"model: cannot load {name!r}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # auto builds the CUDA kernels where nvcc is found; 0 the CPU module alone; 1 insists
 export SUBZERO_BUILD_CUDA ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(abspath $(BIN)):$(PATH)
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
@@ -18,8 +19,9 @@ help:  ## show this list
 finetune: $(VENV)/.train  ## fine-tune SmolLM2-135M on movie-review sentences, from nothing to a report
 	$(BIN)/python -m subzero.demo
 
+# one thread a worker: workers fill the cores, and more threads than cores make each test slower
 test: $(VENV)/.dev lint  ## everything CI runs: lint, types, the whole CPU suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-gpu: $(VENV)/.dev  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -11,14 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FILMS = ("film", "movie", "story", "script", "cast", "music", "ending", "plot")
-GOOD = ("good", "lovely", "clever", "warm")
-BAD = ("bad", "dull", "clumsy", "cold")
+GOOD = ("good", "lovely")
+BAD = ("bad", "dull")
 
 
 def sentences() -> list[tuple[str, int]]:
     """128 distinct sentences of differing length, half of each label."""
     rows = []
-    for film, adverb in itertools.product(FILMS, ("", "very ")):
+    for film, adverb in itertools.product(FILMS, ("", "very ", "so ", "quite ")):
         for label, words in enumerate((BAD, GOOD)):
             rows += [(f"the {film} is {adverb}{word}", label) for word in words]
     return rows

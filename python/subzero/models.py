@@ -40,7 +40,10 @@ def load_model(name: str, dtype: str = "float32", device: str = "auto") -> Loade
         CommandError: nothing there, no causal language model, no tokenizer, an unusable device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    # Its bars for each file of weights would stand among the lines of the run.
+    logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise CommandError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     where = _device(device)

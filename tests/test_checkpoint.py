@@ -95,7 +95,7 @@ def test_outputs_refused_before_any_work(tmp_path, target, message):
 
 
 def test_too_little_space_is_said_before_any_work(tmp_path):
-    with pytest.raises(CommandError, match="needs 1,099,511,627,776 MiB, .* MiB free"):
+    with pytest.raises(CommandError, match="needs 1,099,511,627,776.0 MiB, .* MiB free"):
         check_output(tmp_path / "out", overwrite=False, needed=2**60)
 
 

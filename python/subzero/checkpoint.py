@@ -34,8 +34,8 @@ def check_output(folder: Path, overwrite: bool, needed: int = 0) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CommandError(
-            f"--output: {folder} needs {needed / 2**20:,.0f} MiB, {parent} has "
-            f"{free / 2**20:,.0f} MiB free; free some space or choose another folder"
+            f"--output: {folder} needs {needed / 2**20:,.1f} MiB, {parent} has "
+            f"{free / 2**20:,.1f} MiB free; free some space or choose another folder"
         )
 
 

@@ -166,7 +166,7 @@ def plot(path: Path, metrics: Mapping[str, Any]) -> None:
 
     test, dev, best = metrics["test"], metrics["dev"], metrics["best"]
     labelled = "accuracy" in test["after"]
-    figure = Figure(figsize=(10 if labelled else 6, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10 if labelled else 6, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if labelled else 1, squeeze=False)[0]
     steps = [d["step"] for d in dev]
@@ -177,7 +177,6 @@ def plot(path: Path, metrics: Mapping[str, Any]) -> None:
     axes[0].plot(*_columns(_smooth(finite)), color="C0", lw=1.5, label="training, mean of 9")
     axes[0].plot(steps, [d["loss"] for d in dev], "o-", color="C1", label="dev")
     axes[0].set(xlabel="step", ylabel="loss")
-    axes[0].legend(frameon=False)
     if labelled:
         right, after = axes[1], test["after"]["accuracy"]
         right.plot(steps, [100 * d["accuracy"] for d in dev], "o-", color="C1", label="dev")
@@ -190,8 +189,8 @@ def plot(path: Path, metrics: Mapping[str, Any]) -> None:
             best["step"], 100 * after, "*", color="C3", ms=14, label=f"test, after {after:.1%}"
         )
         right.set(xlabel="step", ylabel="accuracy (%)")
-        right.legend(frameon=False)
     for axis in axes:
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Software": None})
 

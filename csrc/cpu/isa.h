@@ -112,15 +112,26 @@ static inline void store(float* p, Vec x) {
 static inline Vec broadcast(float x) {
   return Vec{x, x, x, x};
 }
-static inline Vec fma_(Vec a, Vec b, Vec c) {
 #if defined(__aarch64__)
+static inline Vec fma_(Vec a, Vec b, Vec c) {
   return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-  Vec sum;
-  for (int i = 0; i < 4; ++i) sum[i] = subzero::fma_(a[i], b[i], c[i]);
-  return sum;
-#endif
 }
+#else
+// philox.h's fma_ without the instruction, four lanes at a time; out of line, as it is long.
+static __attribute__((noinline, unused)) Vec fma_(Vec a, Vec b, Vec c) {
+  typedef double Wide __attribute__((vector_size(32)));
+  typedef long long Bits __attribute__((vector_size(32)));
+  const Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+  const Wide addend = __builtin_convertvector(c, Wide);
+  const Wide sum = product + addend;
+  const Wide rest = sum - product;
+  const Wide lost = (product - (sum - rest)) + (addend - rest);
+  const Bits up = lost > 0, inexact = up | (lost < 0), same_side = ~(up ^ (sum > 0));
+  const Bits even = ((Bits)sum & 1) - 1;
+  const Bits odd = (Bits)sum + (((same_side & 2) - 1) & inexact & even);
+  return __builtin_convertvector((Wide)odd, Vec);
+}
+#endif
 static inline DoubleVec load_double(const float* p) {
   return DoubleVec{p[0], p[1]};
 }

@@ -244,8 +244,8 @@ def test_a_gibibyte_is_written_with_less_than_64_mib(op, rows, columns, rank, dt
 
 def _normals_on_two_threads(count: int) -> bytes:
     """Without torch's own parallel code, which does not survive a fork."""
-    out = torch.empty(count)
-    native.cpu.normal_(out=native_args.matrix(out), rng=make_rng(1).data_ptr(), stream=1, threads=2)
+    out, rng = torch.empty(count), make_rng(1)
+    native.cpu.normal_(out=native_args.matrix(out), rng=rng.data_ptr(), stream=1, threads=2)
     return out.numpy().tobytes()
 
 
@@ -308,7 +308,7 @@ def test_no_second_openmp_runtime_joins_the_process():
         import re, torch
         def runtimes():
             with open("/proc/self/maps") as maps:
-                return {m for m in re.findall(r"/\\S*lib(?:g|i|)omp[\\w.-]*\\.so[\\w.]*", maps.read())}
+                return set(re.findall(r"/\\S*lib(?:g|i|)omp[\\w.-]*\\.so[\\w.]*", maps.read()))
         torch.ones(1 << 20).sum()
         before = runtimes()
         from subzero_kernels.backends import cpu

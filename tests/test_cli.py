@@ -56,7 +56,7 @@ def test_version_and_help(run):
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (["--data", "none.tsv"], 2, "--data: no such file: none.tsv"),
+        (["--data", "none[1].tsv"], 2, "--data: no such file: none[1].tsv"),
         (["--data", "bad.tsv"], 2, "bad.tsv: row 2 has label '2', expected one of '0', '1'"),
         (["--data", "other.tsv"], 2, "other.tsv: no column 'text', found sentence, mood"),
         (["--task", "sst3"], 2, "--task: expected one of movie-reviews, sst2, rte, text"),

@@ -92,7 +92,7 @@ class TrainBatches:
     """
 
     def __init__(
-        self, encoder: Encoder, examples: Sequence[Example], size: int, seed: int, pool: int = 8
+        self, encoder: Encoder, examples: Sequence[Example], size: int, seed: int, pool: int = 16
     ) -> None:
         self.encoder = encoder
         self.encoded = encoder.encode(examples)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .errors import CommandError
 from .settings import Settings
@@ -27,23 +28,21 @@ def main() -> None:
         app()
     except CommandError as error:
         fail(error)
+    except (OSError, RuntimeError) as error:  # out of memory, a disk that fails: no fault of ours
+        fail(CommandError(f"{error or type(error).__name__} (--debug shows where)", code=1), error)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; nothing was written")
         sys.exit(130)
 
 
-def fail(error: CommandError) -> None:
+def fail(error: CommandError, cause: Exception | None = None) -> None:
     """Print the error and leave with its code; with --debug show where it came from."""
     if "--debug" in sys.argv:
-        raise error
+        raise cause or error
     Console(stderr=True, soft_wrap=True).print(
-        f"[bold red]error[/] {_plain(str(error))}", highlight=False
+        f"[bold red]error[/] {escape(str(error))}", highlight=False
     )
     sys.exit(error.code)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _version(show: bool) -> None:

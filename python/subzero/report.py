@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -26,7 +27,7 @@ def header(rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows.items():
-        table.add_row(name, text, end_section=False)
+        table.add_row(name, escape(text))
     return table
 
 
@@ -38,7 +39,10 @@ def line(name: str, scores: Scores) -> str:
 
 
 class Bar:
-    """Steps done, loss, training examples per second and time left, evaluations aside."""
+    """Steps done, loss, training examples per second (evaluations aside) and time left.
+
+    ``pace`` is the same as text, for the lines that stay.
+    """
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress = progress
@@ -46,6 +50,7 @@ class Bar:
         self._steps = steps
         self._done = 0
         self._busy = 0.0
+        self.pace = ""
         self._begin = self._entered = time.perf_counter()
 
     def step_begins(self) -> None:
@@ -57,22 +62,22 @@ class Bar:
         self._done += 1
         # Time left counts the evaluations so far as part of the pace; examples per second do not.
         left = (now - self._begin) / self._done * (self._steps - self._done)
-        self._progress.update(
-            self._task,
-            completed=self._done,
-            loss=f"loss {loss:.4f}",
-            speed=f"{self._done * examples / self._busy:.1f} examples/s",
-            left=f"{int(left) // 60}:{int(left) % 60:02d} left",
-        )
+        shown: dict[str, Any] = {
+            "loss": f"loss {loss:.4f}",
+            "speed": f"{self._done * examples / self._busy:.1f} examples/s",
+            "left": f"{int(left) // 60}:{int(left) % 60:02d} left",
+        }
+        self.pace = ", ".join(shown.values())
+        self._progress.update(self._task, completed=self._done, **shown)
 
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, markup=False)
 
 
 @contextmanager
 def progress(console: Console, steps: int) -> Iterator[Bar]:
-    """The bar of a training run; without a terminal only its lines are printed."""
+    """The bar of a training run; where there is no terminal, only the lines said are printed."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -105,7 +110,7 @@ def summary(metrics: Mapping[str, Any], output: Path) -> Table:
     table.caption = (
         f"{metrics['steps']} steps in {int(seconds) // 60}:{int(seconds) % 60:02d} min"
         + (f", {skipped} skipped for a loss that was not finite" if skipped else "")
-        + f"\n{output}"
+        + f"\n{escape(str(output))}"
     )
     table.caption_justify = "left"
     return table

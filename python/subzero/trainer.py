@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from . import report
 from .batches import Encoder, TrainBatches
@@ -50,7 +51,7 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
         examples, settings.train_examples, settings.dev_examples, settings.test_examples,
         settings.split_seed,
     )  # fmt: skip
-    with console.status(f"loading {settings.model}"):
+    with console.status(f"loading {escape(settings.model)}"):
         loaded = load_model(settings.model, settings.dtype, settings.device)
     words = word_ids(task, loaded.tokenizer)
     model = loaded.model
@@ -77,7 +78,7 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
 
     with console.status("evaluating before training"):
         before = evaluate(objective, encoder, splits["test"])
-    console.print(report.line("before", before))
+    console.print(report.line("before, on test", before), highlight=False)
     batches = TrainBatches(encoder, splits["train"], settings.batch_size, settings.seed)
     run = _Run(settings, optimizer, objective, model, console)
     run.train(batches, lambda: evaluate(objective, encoder, splits["dev"]))
@@ -102,7 +103,7 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
     }
     if before.logits is not None:
         metrics["test"]["zero_shot_calibrated"] = calibrated_accuracy(before.logits, splits["test"])
-    with console.status(f"saving to {output}"):
+    with console.status(f"saving to {escape(str(output))}"):
         write_folder(
             output,
             lambda folder: report.save(
@@ -199,7 +200,8 @@ class _Run:
         scores = evaluate_dev()
         self.dev.append({"step": step, **scores.summary()})
         best = self.best.offer(step, scores)
-        bar.say(report.line(f"step {step} dev", scores) + (", best" if best and step else ""))
+        text = report.line("dev", scores) + (", best so far" if best and step else "")
+        bar.say(f"step {step}: " + "; ".join(filter(None, (bar.pace, text))))
 
 
 def schedule(name: str, steps: int) -> Callable[[int], float]:

@@ -23,9 +23,9 @@ static void core_batch(const CoreNoise& args, const Core& item, int64_t first, i
         if (c == 0.0f) continue;
         if (!drawn)
           batch_normals(noise_source(args.queries.rng, item.stream, k),
-                        static_cast<uint64_t>(first) / 4, z);
+                        static_cast<uint64_t>(first) / 4, z, count);
         drawn = true;
-        for (int i = 0; i < kBatch; ++i) sum[g][i] = fma_(c, z[i], sum[g][i]);
+        for (int64_t i = 0; i < count; ++i) sum[g][i] = fma_(c, z[i], sum[g][i]);
       }
     }
     for (int64_t g = 0; g < groups; ++g) {

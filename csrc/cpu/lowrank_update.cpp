@@ -1,7 +1,8 @@
 // One pass over W, cache block by cache block:
 //
 //   wave    consecutive matrices whose cores fit kWaveCore; their cores are made first, in parallel
-//   task    columns x rows of one W: columns_of_task(r) columns wide, and as many rows as make it worth a
+//   task    columns x rows of one W: columns_of_task(r) columns wide, and as many rows as make it
+//   worth a
 //           thread's while
 //   right   for the task's columns: (V C^T)^T or V^T, packed in panels of kPanel columns
 //   left    for left_rows(r) rows: U or U C
@@ -23,7 +24,8 @@ namespace subzero::cpu::SUBZERO_ISA {
 constexpr int kRows = 6;
 constexpr int kPanel = kVectors * kLanes;
 constexpr int kChain = 32;
-constexpr int64_t kWidest = 64;             // columns; a multiple of kPanel in every variant
+constexpr int kSpan = kBatch;    // columns whose sums are finished at once where tiles cannot do it
+constexpr int64_t kWidest = 64;  // columns; a multiple of kPanel in every variant
 constexpr int64_t kWaveCore = 4 << 20;      // floats
 constexpr int64_t kRightFloats = 96 << 10;  // 384 KiB: a good part of a core's L2
 constexpr int64_t kLeftFloats = 32 << 10;
@@ -127,13 +129,14 @@ static inline void pack_panel(const float* rows, int64_t rank, float* panel) {
   }
 }
 
-// sum (kRows x kPanel, of which kUsed vectors hold columns of W) = left times the panel; then
-// either W += sum right here, or `sum` is left to finish_rows. `sum` also holds the running total
-// of the chains.
+// left times the panel, kRows x kPanel of which kUsed vectors hold columns of W. Either W += it
+// right here, fetching the tile at `next` meanwhile, or it goes to `sum` (rows kSpan apart) for
+// finish_row. `sum` also holds the running total of the chains.
 template <int kUsed, bool kDirect>
 static inline void tile(const float* left, const float* panel, int64_t rank, float* sum, float* w,
-                        int64_t stride) {
+                        int64_t stride, const float* next) {
   const int64_t width = padded(rank);
+  int next_row = 0;
   for (int64_t start = 0;; start += kChain) {
     const int64_t end = least(start + kChain, rank);
     Vec acc[kRows][kUsed];
@@ -142,6 +145,11 @@ static inline void tile(const float* left, const float* panel, int64_t rank, flo
 #pragma GCC unroll 4
       for (int j = 0; j < kUsed; ++j) acc[i][j] = broadcast(0.0f);
     for (int64_t k = start; k < end; ++k) {
+      if (kDirect) {
+        __builtin_prefetch(next, 1);
+        next += stride;
+        if (++next_row == kRows) next_row = 0, next += 16 - kRows * stride;
+      }
       Vec b[kUsed];
 #pragma GCC unroll 4
       for (int j = 0; j < kUsed; ++j) b[j] = in_register(load(panel + k * kPanel + j * kLanes));
@@ -157,7 +165,7 @@ static inline void tile(const float* left, const float* panel, int64_t rank, flo
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kUsed; ++j) {
-        float* const total = sum + i * kPanel + j * kLanes;
+        float* const total = sum + i * kSpan + j * kLanes;
         Vec value = acc[i][j];
         if (start > 0) value = load(total) + value;
         if (kDirect && last) {
@@ -177,7 +185,7 @@ static inline void finish_row(const Update& update, int64_t first, int64_t count
                               const float* sum) {
   for_each_run<T>(update.item.w, first, count, [&](T* w, int64_t element, int64_t run) {
     const float* const added = sum + (element - first);
-    float value[kPanel];
+    float value[kSpan];
     load_row(w, value, run);
     if (update.decay == 1.0)
       for (int64_t i = 0; i < run; ++i) value[i] += added[i];
@@ -186,7 +194,7 @@ static inline void finish_row(const Update& update, int64_t first, int64_t count
         value[i] = static_cast<float>(update.decay * static_cast<double>(value[i]) +
                                       static_cast<double>(added[i]));
     if (!update.stochastic) return store_row(value, w, run);
-    uint32_t words[kPanel];
+    uint32_t words[kSpan];
     fill_words(update.rounding, element, run, words);
     store_row(value, words, w, run);
   });
@@ -204,31 +212,31 @@ static void row_group(const Update& update, const float* left, const float* righ
   const bool direct = sizeof(T) == sizeof(float) && (flat || w.columns == n) &&
                       update.decay == 1.0 && rows == kRows;
   T* const out = static_cast<T*>(w.data) + (direct ? row * stride + column : 0);
-  alignas(64) float sum[kRows * kPanel];
+  alignas(64) float sum[kRows * kSpan];
   for (int64_t j = 0; j < columns; j += kPanel) {
     const float* const panel = right + j * padded(rank);
     const int64_t used = least(kPanel, columns - j);
     if (direct && used == kPanel) {
       float* const here = reinterpret_cast<float*>(out) + j;
       const int64_t ahead = j + kPanel < columns ? kPanel : kRows * stride - j;
-      for (int i = 0; i < kRows; ++i)
-        for (int line = 0; line < kPanel; line += 16)
-          __builtin_prefetch(here + i * stride + ahead + line, 1);
-      tile<kVectors, true>(left, panel, rank, sum, here, stride);
+      tile<kVectors, true>(left, panel, rank, sum, here, stride, here + ahead);
       continue;
     }
+    const int64_t at = direct ? 0 : j % kSpan;
     switch (ceil_div(used, kLanes)) {
       case 1:
-        tile<1, false>(left, panel, rank, sum, nullptr, 0);
+        tile<1, false>(left, panel, rank, sum + at, nullptr, 0, nullptr);
         break;
       case 2:
-        tile<2, false>(left, panel, rank, sum, nullptr, 0);
+        tile<2, false>(left, panel, rank, sum + at, nullptr, 0, nullptr);
         break;
       default:
-        tile<kVectors, false>(left, panel, rank, sum, nullptr, 0);
+        tile<kVectors, false>(left, panel, rank, sum + at, nullptr, 0, nullptr);
     }
+    const int64_t done = at + used;
+    if (done < kSpan && j + used < columns) continue;
     for (int64_t i = 0; i < rows; ++i)
-      finish_row<T>(update, (row + i) * n + column + j, used, sum + i * kPanel);
+      finish_row<T>(update, (row + i) * n + column + j - at, done, sum + i * kSpan);
   }
 }
 

@@ -8,49 +8,37 @@ namespace subzero::cpu::SUBZERO_ISA {
 
 constexpr int kBatchBlocks = 64;
 constexpr int kBatch = 4 * kBatchBlocks;
+constexpr int kGroupBlocks = 16;
 
-static inline void batch_words(const NoiseSource& source, uint64_t block, uint32_t* out) {
-  for (int i = 0; i < kBatchBlocks; ++i) {
-    const Words words = block_words(source, block + static_cast<uint64_t>(i));
-    for (int j = 0; j < 4; ++j) out[4 * i + j] = words.w[j];
-  }
-}
-
-static inline void batch_normals(const NoiseSource& source, uint64_t block, float* out) {
-  for (int i = 0; i < kBatchBlocks; ++i) {
-    const Normals normals = block_normals(source, block + static_cast<uint64_t>(i));
-    for (int j = 0; j < 4; ++j) out[4 * i + j] = normals.z[j];
-  }
-}
-
-// The words or normals (`batch` says which) of elements first .. first + count.
-template <class T>
-static inline void fill(void (*batch)(const NoiseSource&, uint64_t, T*), const NoiseSource& source,
-                        int64_t first, int64_t count, T* out) {
-  while (count > 0) {
-    const uint64_t block = static_cast<uint64_t>(first) / 4;
-    const int64_t skip = first % 4;
-    if (skip == 0 && count >= kBatch) {
-      batch(source, block, out);
-      first += kBatch, out += kBatch, count -= kBatch;
-      continue;
+// Whole groups of blocks, up to a batch, from `block`: at least `count` elements.
+static inline void batch_words(const NoiseSource& source, uint64_t block, uint32_t* out,
+                               int64_t count = kBatch) {
+  for (int64_t at = 0; at < count; at += 4 * kGroupBlocks, block += kGroupBlocks)
+    for (int i = 0; i < kGroupBlocks; ++i) {
+      const Words words = block_words(source, block + static_cast<uint64_t>(i));
+      for (int j = 0; j < 4; ++j) out[at + 4 * i + j] = words.w[j];
     }
-    T part[kBatch];
-    batch(source, block, part);
-    const int64_t taken = least(count, kBatch - skip);
-    memcpy(out, part + skip, static_cast<size_t>(taken) * sizeof(T));
-    first += taken, out += taken, count -= taken;
-  }
 }
 
+static inline void batch_normals(const NoiseSource& source, uint64_t block, float* out,
+                                 int64_t count = kBatch) {
+  for (int64_t at = 0; at < count; at += 4 * kGroupBlocks, block += kGroupBlocks)
+    for (int i = 0; i < kGroupBlocks; ++i) {
+      const Normals normals = block_normals(source, block + static_cast<uint64_t>(i));
+      for (int j = 0; j < 4; ++j) out[at + 4 * i + j] = normals.z[j];
+    }
+}
+
+// The words of elements first .. first + count.
 static inline void fill_words(const NoiseSource& source, int64_t first, int64_t count,
                               uint32_t* out) {
-  fill(batch_words, source, first, count, out);
-}
-
-static inline void fill_normals(const NoiseSource& source, int64_t first, int64_t count,
-                                float* out) {
-  fill(batch_normals, source, first, count, out);
+  while (count > 0) {
+    const int64_t skip = first % 4, taken = least(count, kBatch - skip);
+    uint32_t batch[kBatch];
+    batch_words(source, static_cast<uint64_t>(first) / 4, batch, skip + taken);
+    memcpy(out, batch + skip, static_cast<size_t>(taken) * sizeof *out);
+    first += taken, out += taken, count -= taken;
+  }
 }
 
 // Elements first .. first + count of a row-strided tensor as runs of contiguous memory:

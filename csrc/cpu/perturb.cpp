@@ -19,16 +19,17 @@ static void noise_core(const void* opaque, int64_t item, int64_t first, int64_t 
   const double rank = static_cast<double>(update.rank());
   const float mu = static_cast<float>(__builtin_sqrt(rows * columns) / rank);
   for (int64_t start = 0; start < count; start += kBatch) {
+    const int64_t made = least(kBatch, count - start);
     double sum[kBatch] = {};
     float z[kBatch];
     for (int64_t k = 0; k < queries.count; ++k) {
       const double coeff = queries.coeff[k];
       if (coeff == 0.0) continue;
       batch_normals(noise_source(queries.rng, update.item.stream, k),
-                    static_cast<uint64_t>(first + start) / 4, z);
-      for (int i = 0; i < kBatch; ++i) sum[i] += coeff * static_cast<double>(z[i]);
+                    static_cast<uint64_t>(first + start) / 4, z, made);
+      for (int64_t i = 0; i < made; ++i) sum[i] += coeff * static_cast<double>(z[i]);
     }
-    for (int64_t i = 0; i < least(kBatch, count - start); ++i)
+    for (int64_t i = 0; i < made; ++i)
       values[start + i] = static_cast<float>(static_cast<double>(mu) * sum[i]);
   }
 }

@@ -14,12 +14,12 @@ static void perturb_batch(const Dense& item, const Queries& queries, bool stocha
   for (int64_t k = 0; k < queries.count; ++k) {
     const float coeff = queries.coeff[k];
     if (coeff == 0.0f) continue;
-    batch_normals(noise_source(queries.rng, item.stream, k), block, z);
-    for (int i = 0; i < kBatch; ++i) sum[i] = fma_(coeff, z[i], sum[i]);
+    batch_normals(noise_source(queries.rng, item.stream, k), block, z, count);
+    for (int64_t i = 0; i < count; ++i) sum[i] = fma_(coeff, z[i], sum[i]);
   }
   uint32_t words[kBatch];
   if (stochastic)
-    batch_words(noise_source(queries.rng, rounding_stream(item.stream)), block, words);
+    batch_words(noise_source(queries.rng, rounding_stream(item.stream)), block, words, count);
   for_each_run<T>(item.w, first, count, [&](T* w, int64_t element, int64_t run) {
     const int64_t skip = element - first;
     float value[kBatch];

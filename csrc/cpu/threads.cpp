@@ -36,7 +36,7 @@ struct Loop {
   std::atomic<int64_t> next{0};
 
   void work(int worker) {
-    PlainFloatingPoint plain;
+    [[maybe_unused]] PlainFloatingPoint plain;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
       run(context, worker, task);
   }

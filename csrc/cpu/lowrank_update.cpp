@@ -136,7 +136,17 @@ template <int kUsed, bool kDirect>
 static inline void tile(const float* left, const float* panel, int64_t rank, float* sum, float* w,
                         int64_t stride, const float* next) {
   const int64_t width = padded(rank);
+  // One line of the next tile with each k: all at once would stall on the few that may be in
+  // flight.
+  int64_t lines = kDirect ? kRows * kPanel / 16 : 0;
   int next_row = 0;
+  const auto fetch = [&] {
+    __builtin_prefetch(next, 1);
+    next += stride;
+    if (++next_row == kRows) next_row = 0, next += 16 - kRows * stride;
+    --lines;
+  };
+  while (lines > rank) fetch();
   for (int64_t start = 0;; start += kChain) {
     const int64_t end = least(start + kChain, rank);
     Vec acc[kRows][kUsed];
@@ -145,11 +155,7 @@ static inline void tile(const float* left, const float* panel, int64_t rank, flo
 #pragma GCC unroll 4
       for (int j = 0; j < kUsed; ++j) acc[i][j] = broadcast(0.0f);
     for (int64_t k = start; k < end; ++k) {
-      if (kDirect) {
-        __builtin_prefetch(next, 1);
-        next += stride;
-        if (++next_row == kRows) next_row = 0, next += 16 - kRows * stride;
-      }
+      if (kDirect && lines > 0) fetch();
       Vec b[kUsed];
 #pragma GCC unroll 4
       for (int j = 0; j < kUsed; ++j) b[j] = in_register(load(panel + k * kPanel + j * kLanes));
@@ -209,9 +215,10 @@ static void row_group(const Update& update, const float* left, const float* righ
   // Rows of W as (m', n') are `stride` apart, unless W's own rows cut through them.
   const bool flat = w.stride == w.columns || w.rows == 1;
   const int64_t stride = flat ? n : w.stride;
-  const bool direct = sizeof(T) == sizeof(float) && (flat || w.columns == n) &&
-                      update.decay == 1.0 && rows == kRows;
-  T* const out = static_cast<T*>(w.data) + (direct ? row * stride + column : 0);
+  const bool whole_rows = flat || w.columns == n;
+  const bool direct =
+      sizeof(T) == sizeof(float) && whole_rows && update.decay == 1.0 && rows == kRows;
+  T* const out = static_cast<T*>(w.data) + (whole_rows ? row * stride + column : 0);
   alignas(64) float sum[kRows * kSpan];
   for (int64_t j = 0; j < columns; j += kPanel) {
     const float* const panel = right + j * padded(rank);
@@ -222,6 +229,9 @@ static void row_group(const Update& update, const float* left, const float* righ
       tile<kVectors, true>(left, panel, rank, sum, here, stride, here + ahead);
       continue;
     }
+    for (int64_t i = 0; whole_rows && i < rows; ++i)
+      for (int64_t x = 0; x < used; x += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(out + i * stride + j + x, 1);
     const int64_t at = direct ? 0 : j % kSpan;
     switch (ceil_div(used, kLanes)) {
       case 1:

@@ -226,6 +226,53 @@ def test_lora_tensors_are_reshaped_and_exact() -> None:
     assert (outputs[0][0] - outputs[0][1]).abs().max() > 1e-3
 
 
+def test_functions_called_by_keyword_take_the_side_path() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(7, 4)
+            self.norm, self.rms, self.out = nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 3)
+            for module in (self.table, self.norm, self.rms, self.out):
+                module.forward = getattr(self, f"_{type(module).__name__}")  # type: ignore
+
+        def _Embedding(self, ids: Tensor) -> Tensor:
+            return F.embedding(input=ids, weight=self.table.weight)
+
+        def _LayerNorm(self, x: Tensor) -> Tensor:
+            norm = self.norm
+            return F.layer_norm(input=x, normalized_shape=(4,), weight=norm.weight, bias=norm.bias)
+
+        def _RMSNorm(self, x: Tensor) -> Tensor:
+            return F.rms_norm(input=x, normalized_shape=(4,), weight=self.rms.weight)
+
+        def _Linear(self, x: Tensor) -> Tensor:
+            return F.linear(input=x, weight=self.out.weight, bias=self.out.bias)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.rms(self.norm(self.table(ids))))
+
+    torch.manual_seed(0)
+    by_keyword = Keywords()
+    plain = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 3))
+    with torch.no_grad():
+        for a, b in zip(plain.parameters(), by_keyword.parameters(), strict=True):
+            a.copy_(b)
+    ids = torch.randint(0, 7, (3, 5))
+    seen = []
+    for model in (by_keyword, plain):
+        opt = SubZero(model, lr=1e-2, eps=0.1, rank=2, queries=2)
+        losses: list[Tensor] = []
+
+        def objective(ids: Tensor, model: nn.Module = model, losses: list = losses) -> Tensor:
+            losses.append(model(ids).square().mean((1, 2)))
+            return losses[-1]
+
+        opt.step(ids, objective)
+        seen.append(losses[0])
+    torch.testing.assert_close(seen[0], seen[1])
+    assert seen[0].view(4, 3).std(0).min() > 1e-4  # the groups differ
+
+
 def test_a_second_optimizer_on_the_same_model_is_refused() -> None:
     model = nn.Linear(4, 4)
     opt = SubZero(model, rank=2)

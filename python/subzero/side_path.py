@@ -114,79 +114,89 @@ class SidePath(TorchFunctionMode):
         out = NotImplemented if handler is None else handler(*args, **kwargs)
         return func(*args, **kwargs) if out is NotImplemented else out
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    # Handlers take their arguments under torch's names: a model may pass them by keyword.
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         low, value = self.matrices.get(id(weight)), self.dense.get(id(bias))
         if low is None and value is None:
             return NotImplemented
-        self._check_rows(x, low or value)
-        if value is not None:
-            bias = self._mark(value).values
-            bias = bias if self.groups > 1 else bias[0]
+        self._check_rows(input, low or value)
+        bias = self._bias(bias)
         if low is None:
-            return _add_bias(F.linear(x, weight), bias)
+            return _add_bias(F.linear(input, weight), bias)
         self._mark(low)
         if low.u.shape[0] != weight.shape[0]:
-            return _grouped_linear(x, weight, bias, low)
-        return _linear(x, weight, bias, low.u, low.v, low.core)
+            return _grouped_linear(input, weight, bias, low)
+        return _linear(input, weight, bias, low.u, low.v, low.core)
 
     def _addmm(
-        self, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
+        self, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
     ) -> Any:
         # y = x (W + U C V^T) + b is the linear of W^T + V C^T U^T
-        low, value = self.matrices.get(id(weight)), self.dense.get(id(bias))
+        low, value = self.matrices.get(id(mat2)), self.dense.get(id(input))
         if (low is None and value is None) or beta != 1 or alpha != 1:
             return NotImplemented
-        self._check_rows(x, low or value)
-        if value is not None:
-            bias = self._mark(value).values
-            bias = bias if self.groups > 1 else bias[0]
+        self._check_rows(mat1, low or value)
+        bias = self._bias(input)
         if low is None:
-            return _add_bias(x @ weight, bias)
+            return _add_bias(mat1 @ mat2, bias)
         self._mark(low)
         core_t = low.core.transpose(1, 2).contiguous()
-        return _linear(x, weight.t(), bias, low.v, low.u, core_t)
+        return _linear(mat1, mat2.t(), bias, low.v, low.u, core_t)
 
-    def _embedding(self, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias as it is, or its values (m) or (groups, m) where it is trained."""
+        value = self.dense.get(id(bias))
+        if value is None:
+            return bias
+        values = self._mark(value).values
+        return values if self.groups > 1 else values[0]
+
+    def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         low = self.matrices.get(id(weight))
         if low is None:
             return NotImplemented
         self._mark(low)
-        if self.groups > 1 and ids.dim() and ids.shape[0] == 1 and self.rows != 1:
-            ids = ids.expand(self.rows, *ids.shape[1:])
-        self._check_rows(ids, low)
+        if self.groups > 1 and input.dim() and input.shape[0] == 1 and self.rows != 1:
+            input = input.expand(self.rows, *input.shape[1:])
+        self._check_rows(input, low)
         if torch.is_grad_enabled():
-            tail = low.u[ids].float().reshape(self.groups, -1, low.u.shape[1]) @ low.core
-            tail = (tail @ low.v.float().t()).view(*ids.shape, -1)
-            return (F.embedding(ids, weight).float() + tail).to(weight.dtype)
-        if ids.dim() == 0:
-            return lowrank_embedding(ids.view(1), weight, low.u, low.v, low.core)[0]
-        return lowrank_embedding(ids, weight, low.u, low.v, low.core)
+            tail = low.u[input].float().reshape(self.groups, -1, low.u.shape[1]) @ low.core
+            tail = (tail @ low.v.float().t()).view(*input.shape, -1)
+            return (F.embedding(input, weight).float() + tail).to(weight.dtype)
+        if input.dim() == 0:
+            return lowrank_embedding(input.view(1), weight, low.u, low.v, low.core)[0]
+        return lowrank_embedding(input, weight, low.u, low.v, low.core)
 
     def _layer_norm(
         self,
-        x: Tensor,
-        shape: Any,
+        input: Tensor,
+        normalized_shape: Any,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Any:
         if id(weight) not in self.dense and id(bias) not in self.dense:
             return NotImplemented
-        out = F.layer_norm(x.float() if x.dtype != torch.float64 else x, shape, None, None, eps)
+        out = F.layer_norm(_at_least_fp32(input), normalized_shape, None, None, eps)
         if weight is not None:
-            out = out * self._value(weight, x)
+            out = out * self._value(weight, input)
         if bias is not None:
-            out = out + self._value(bias, x)
-        return out.to(x.dtype)
+            out = out + self._value(bias, input)
+        return out.to(input.dtype)
 
     def _rms_norm(
-        self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+        self,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        eps: float | None = None,
     ) -> Any:
         if weight is None or id(weight) not in self.dense:
             return NotImplemented
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
-        out = F.rms_norm(x.float() if x.dtype != torch.float64 else x, shape, None, eps)
-        return (out * self._value(weight, x)).to(x.dtype)
+        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        out = F.rms_norm(_at_least_fp32(input), normalized_shape, None, eps)
+        return (out * self._value(weight, input)).to(input.dtype)
 
     def _elementwise(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """A norm's own arithmetic, with the fp32 value in place of the parameter."""
@@ -253,6 +263,10 @@ def _linear(
     if x.dim() == 1:
         return lowrank_linear(x[None], w, bias, u, v, core)[0]
     return lowrank_linear(x, w, bias, u, v, core)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -354,6 +354,7 @@ def test_bad_models_and_closures() -> None:
         opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
+@pytest.mark.filterwarnings("ignore:SubZero")  # the closure reads no parameter
 @pytest.mark.parametrize(
     "value", [0.5, torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)]
 )

@@ -150,7 +150,7 @@ def test_evaluate_and_calibration(tok):
     logits = torch.stack([alone(model, tok, e)[1][-1, words] for e in examples])
     labels = torch.tensor([e.label for e in examples])
     assert abs(scores.loss - torch.nn.functional.cross_entropy(logits, labels)) < 1e-5
-    assert scores.accuracy == (logits.argmax(1) == labels).float().mean()
+    assert scores.accuracy == (logits.argmax(1) == labels).double().mean()
 
 
 def test_calibration_takes_a_constant_preference_away():

@@ -34,8 +34,8 @@ def header(rows: Mapping[str, str]) -> Table:
 def line(name: str, scores: Scores) -> str:
     """One evaluation as text."""
     if scores.accuracy is None:
-        return f"{name}: loss {scores.loss:.4f}, perplexity {math.exp(min(scores.loss, 700)):.2f}"
-    return f"{name}: loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}"
+        return f"{name} loss {scores.loss:.4f}, perplexity {math.exp(min(scores.loss, 700)):.2f}"
+    return f"{name} loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}"
 
 
 class Bar:
@@ -72,7 +72,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
 
     with console.status("evaluating before training"):
         before = evaluate(objective, encoder, splits["test"])
-    console.print(report.line("before, on test", before), highlight=False)
+    console.print(report.line("before: test", before), highlight=False)
     batches = TrainBatches(encoder, splits["train"], settings.batch_size, settings.seed)
     run = _Run(settings, optimizer, objective, model, console)
     run.train(batches, lambda: evaluate(objective, encoder, splits["dev"]))

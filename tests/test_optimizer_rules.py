@@ -188,7 +188,6 @@ def test_state_at_refresh(keep: bool) -> None:
     z = torch.zeros_like(before)
     opt.step(loss)
     after = opt._rule_state["core"]["momentum"]
-    opt._weights.spaces()
     space = dict(opt._weights.spaces())["core"]
     space.add_noise_(z, torch.ones(1), make_rng(0, 2))
     rest = after - 0.5 * before if keep else after

@@ -54,7 +54,6 @@ class Weights:
         self._copies: dict[int, Tensor] = {}
         self._owned: dict[nn.Module, dict[str, Any]] = {}
         self._changed = False
-        self._eps = torch.zeros(())
         self._rng = torch.zeros(2, dtype=torch.int64)
         self._coeff = torch.zeros(1, 1)
         self._shown = 0

@@ -23,6 +23,15 @@ std::string shape(const Matrix& matrix) {
   return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.columns) + ")";
 }
 
+std::string shapes(const AddNoise& args) {
+  return "y (" + std::to_string(args.y.groups) + ", " + std::to_string(args.y.rows) + ", " +
+         std::to_string(args.y.columns) + ")";
+}
+
+std::string shapes(const NoiseOuter& args) {
+  return "out " + shape(args.out) + ", a " + shape(args.a);
+}
+
 std::string shapes(const LowRank& item) {
   return "w " + shape(item.w) + ", u " + shape(item.u) + ", v " + shape(item.v);
 }
@@ -67,6 +76,14 @@ void bind_structs(py::module_& m) {
            }),
            py::kw_only(), py::arg("data"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
            py::arg("dtype"));
+  py::class_<Slabs>(m, "Slabs")
+      .def(py::init([](uintptr_t data, int64_t groups, int64_t rows, int64_t columns,
+                       int64_t group_stride, int64_t row_stride, Dtype dtype) {
+             return Slabs{pointer<void>(data), groups,     rows, columns,
+                          group_stride,        row_stride, dtype};
+           }),
+           py::kw_only(), py::arg("data"), py::arg("groups"), py::arg("rows"), py::arg("columns"),
+           py::arg("group_stride"), py::arg("row_stride"), py::arg("dtype"));
   py::class_<Queries>(m, "Queries")
       .def(py::init([](uintptr_t coeff, int64_t count, uintptr_t rng) {
              return Queries{pointer<float>(coeff), count, pointer<int64_t>(rng)};
@@ -84,6 +101,25 @@ void bind_structs(py::module_& m) {
       }),
       py::kw_only(), py::arg("out"), py::arg("base"), py::arg("rank"), py::arg("stream"),
       py::arg("mu"));
+  py::class_<AddNoise>(m, "AddNoise")
+      .def(py::init([](const Slabs& y, uintptr_t scale, uintptr_t query, uintptr_t row,
+                       uintptr_t rng, uint32_t stream) {
+             return AddNoise{y,
+                             pointer<float>(scale),
+                             pointer<int64_t>(query),
+                             pointer<int64_t>(row),
+                             pointer<int64_t>(rng),
+                             stream};
+           }),
+           py::kw_only(), py::arg("y"), py::arg("scale"), py::arg("query"), py::arg("row"),
+           py::arg("rng"), py::arg("stream"));
+  py::class_<NoiseOuter>(m, "NoiseOuter")
+      .def(py::init([](const Matrix& out, const Matrix& a, const Queries& queries, uintptr_t row,
+                       uint32_t stream, double beta) {
+             return NoiseOuter{out, a, queries, pointer<int64_t>(row), stream, beta};
+           }),
+           py::kw_only(), py::arg("out"), py::arg("a"), py::arg("queries"), py::arg("row"),
+           py::arg("stream"), py::arg("beta"));
 }
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -162,6 +198,18 @@ void bind_cpu(py::module_ m) {
       },
       NoGil(), py::kw_only(), py::arg("item"), py::arg("core"), py::arg("decay"),
       py::arg("rounding"), py::arg("rng"), py::arg("threads"));
+  m.def(
+      "add_noise_",
+      [](const AddNoise& args, int threads) {
+        check(cpu::add_noise_(args, threads_of(threads)), "add_noise_", shapes(args));
+      },
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("threads"));
+  m.def(
+      "noise_outer_",
+      [](const NoiseOuter& args, int threads) {
+        check(cpu::noise_outer_(args, threads_of(threads)), "noise_outer_", shapes(args));
+      },
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("threads"));
   m.def(
       "ln",
       [](int64_t first, int64_t count, uintptr_t out) {

@@ -27,6 +27,17 @@ struct Matrix {
   Dtype dtype;
 };
 
+// (groups, rows, columns) with contiguous columns; strides from group to group and row to row.
+struct Slabs {
+  void* data;
+  int64_t groups;
+  int64_t rows;
+  int64_t columns;
+  int64_t group_stride;
+  int64_t row_stride;
+  Dtype dtype;
+};
+
 // Where and how to run. CPU: at most `threads` threads. CUDA: `stream`, a cudaStream_t of `device`.
 struct Launch {
   int32_t threads = 1;
@@ -110,6 +121,24 @@ struct Fold {
   const int64_t* rng;  // null unless the rounding is stochastic
 };
 
+struct AddNoise {
+  Slabs y;
+  const float* scale;    // (groups, rows)
+  const int64_t* query;  // (groups,)
+  const int64_t* row;    // (rows,), of the noise
+  const int64_t* rng;
+  uint32_t stream;
+};
+
+struct NoiseOuter {
+  Matrix out;          // (c, r), fp32
+  Matrix a;            // (N, r)
+  Queries queries;     // coeff (K, N), the weights
+  const int64_t* row;  // (N,), of the noise
+  uint32_t stream;
+  double beta;
+};
+
 namespace cpu {
 
 Status philox4x32(const Philox4x32& args, const Launch& launch);
@@ -119,6 +148,8 @@ Status perturb_many_(const PerturbMany& args, const Launch& launch);
 Status perturb_dense_(const PerturbDense& args, const Launch& launch);
 Status core_noise_(const CoreNoise& args, const Launch& launch);
 Status fold_(const Fold& args, const Launch& launch);
+Status add_noise_(const AddNoise& args, const Launch& launch);
+Status noise_outer_(const NoiseOuter& args, const Launch& launch);
 
 // ln of u for words first << 8, (first + 1) << 8, ...; sin and cos of 2 pi t likewise: for tests.
 Status ln(int64_t first, int64_t count, float* out);

@@ -21,10 +21,12 @@ except ModuleNotFoundError as error:
         ) from None
 else:
     from .ops import (
+        add_noise_,
         core_noise_,
         fold_,
         lowrank_embedding,
         lowrank_linear,
+        noise_outer_,
         normal_,
         perturb_,
         perturb_dense_,
@@ -53,12 +55,14 @@ __all__ = [
     "PURPOSE_DENSE",
     "PURPOSE_ROUNDING",
     "PerturbPlan",
+    "add_noise_",
     "core_noise_",
     "factor_shape",
     "fold_",
     "lowrank_embedding",
     "lowrank_linear",
     "make_rng",
+    "noise_outer_",
     "normal_",
     "orthonormal_basis",
     "perturb_",

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .overlap import Region, clashes, region
+from .overlap import Region, clashes, regions
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = ("nearest", "stochastic")
@@ -92,6 +92,46 @@ def check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_slabs(name: str, tensor: Tensor) -> None:
+    """(G, N, c) with contiguous rows of c, none of which meets another."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return
+    reach = tensor.shape[2]
+    fits = reach == 1 or tensor.stride(2) == 1
+    for stride, size in sorted(
+        (tensor.stride(i), tensor.shape[i]) for i in (0, 1) if tensor.shape[i] > 1
+    ):
+        fits = fits and stride >= reach
+        reach += stride * (size - 1)
+    if not fits:
+        raise fail(
+            name,
+            "contiguous rows (the last axis) that do not overlap",
+            f"shape {tuple(tensor.shape)} with strides {tensor.stride()}",
+            "pass a slice of a contiguous tensor, whole or cut along its axes",
+        )
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """A matrix with contiguous rows."""
+    if not row_strided(tensor):
+        raise fail(
+            name,
+            "contiguous rows",
+            f"shape {tuple(tensor.shape)} with strides {tensor.stride()}",
+            "pass .contiguous()",
+        )
+
+
+def check_index(name: str, tensor: Tensor, shape: tuple[str, int], remedy: str) -> None:
+    """int64 of one dimension, contiguous; ``shape`` is the length's name and the length."""
+    check_dtype(name, tensor, [torch.int64])
+    symbol, length = shape
+    if tensor.dim() != 1 or tensor.shape[0] != length:
+        raise fail(name, f"({symbol},) = ({length},)", tuple(tensor.shape), remedy)
+    check_contiguous(name, tensor)
+
+
 def check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise fail(name, "a contiguous tensor", f"strides {tensor.stride()}", "pass .contiguous()")
@@ -101,9 +141,9 @@ def check_memory(
     written: Iterable[Named], read: Iterable[Named], same: Collection[tuple[str, str]] = ()
 ) -> None:
     """No written tensor shares memory with another; a pair in ``same`` may be one and the same."""
-    regions = [region(name, t, written=True) for name, t in written if t.numel()]
-    regions += [region(name, t, written=False) for name, t in read if t.numel()]
-    for target, other in clashes(regions):
+    held = [r for name, t in written if t.numel() for r in regions(name, t, written=True)]
+    held += [r for name, t in read if t.numel() for r in regions(name, t, written=False)]
+    for target, other in clashes(held):
         if (target.name, other.name) in same and target.same_memory(other):
             continue
         raise memory_error(target, other)

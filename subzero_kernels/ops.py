@@ -97,6 +97,16 @@ _fold_ = _define(
     " str rounding='nearest', Tensor? rng=None, SymInt stream=0) -> ()",
     validate.check_fold_,
 )
+_add_noise_ = _define(
+    "add_noise_(Tensor(a!) y, Tensor scale, Tensor query, Tensor rows, Tensor rng, *,"
+    " SymInt stream) -> ()",
+    validate.check_add_noise_,
+)
+_noise_outer_ = _define(
+    "noise_outer_(Tensor(a!) out, Tensor weight, Tensor a, Tensor rows, Tensor rng, *,"
+    " SymInt stream, float beta=0.0) -> ()",
+    validate.check_noise_outer_,
+)
 _lowrank_linear = _define(
     "lowrank_linear(Tensor x, Tensor w, Tensor? bias, Tensor u, Tensor v, Tensor core) -> Tensor",
     validate.check_lowrank_linear,
@@ -254,6 +264,57 @@ def fold_(
         stream: uint32; its index names the words, its purpose is replaced by 4.
     """
     _fold_(w, u, v, core, decay=decay, rounding=rounding, rng=rng, stream=stream)
+
+
+def add_noise_(
+    y: Tensor, scale: Tensor, query: Tensor, rows: Tensor, rng: Tensor, *, stream: int
+) -> None:
+    """y[g, i] += scale[g, i] z_(draw + query[g])[rows[i]], in place: noise on chosen activations.
+
+    z_d is the matrix of standard normals of ``stream`` at draw d, c columns wide: element
+    row * c + column. Source: node perturbation (Ren et al., arXiv 2210.03310), where ``scale`` is
+    eps times the norm of the layer's input.
+
+    Args:
+        y: (G, N, c), fp32, bf16 or fp16, with contiguous rows (the last axis); the first two axes
+            may have any strides at which no two rows overlap.
+        scale: fp32 (G, N), contiguous. A row whose scale is 0 keeps its bits, whatever it holds.
+        query: int64 (G,), the query of each group, added to the draw modulo 2**32.
+        rows: int64 (N,), shared by all groups; rows >= 0 and (rows + 1) c < 2**63. A row that comes
+            twice gets the same noise twice.
+        rng: int64 (2,), [seed, draw].
+        stream: uint32, stream_id(PURPOSE_ACTIVATION, index).
+    """
+    _add_noise_(y, scale, query, rows, rng, stream=stream)
+
+
+def noise_outer_(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    rows: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    beta: float = 0.0,
+) -> None:
+    """out = beta out + sum_k sum_i weight[k, i] z_(draw + k)[rows[i]]^T a[i], in place.
+
+    The gradient that the noise of :func:`add_noise_` estimates: with weight the change of the loss
+    over eps and a the layer's normalised input, out is G of the layer's (c, r) weight, or, with a
+    times a basis, its projection (node perturbation, Ren et al., arXiv 2210.03310). The noise is
+    made again and never stored whole; a weight of 0 costs no noise.
+
+    Args:
+        out: (c, r), fp32, with contiguous rows; not read if ``beta`` is 0.
+        weight: fp32 (K, N), contiguous, K >= 1: one number for each query and row.
+        a: (N, r), fp32, bf16 or fp16, with contiguous rows.
+        rows: int64 (N,), as in :func:`add_noise_`.
+        rng: int64 (2,), [seed, draw]; query k reads draw + k.
+        stream: uint32, stream_id(PURPOSE_ACTIVATION, index).
+        beta: finite number.
+    """
+    _noise_outer_(out, weight, a, rows, rng, stream=stream, beta=beta)
 
 
 def lowrank_linear(

@@ -31,20 +31,48 @@ class Region(NamedTuple):
         return self[:5] == other[:5]
 
 
+def _place(tensor: Tensor) -> tuple[Hashable, int]:
+    """The address space of a tensor and the address of its first byte in it."""
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        # No addresses here: tensors share memory only if they share the storage object.
+        offset = cast(int, tensor.storage_offset())
+        return tensor.untyped_storage()._cdata, offset * tensor.element_size()
+    return tensor.device, tensor.data_ptr()
+
+
 def region(name: str, tensor: Tensor, *, written: bool) -> Region:
     """The bytes of a non-empty tensor that is contiguous or a matrix with contiguous rows."""
     size = tensor.element_size()
-    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-        # No addresses here: tensors share memory only if they share the storage object.
-        space: Hashable = tensor.untyped_storage()._cdata
-        start = cast(int, tensor.storage_offset()) * size
-    else:
-        space, start = tensor.device, tensor.data_ptr()
+    space, start = _place(tensor)
     if tensor.is_contiguous():
         width = tensor.numel() * size
         return Region(space, start, 1, width, width, name, written)
     rows, columns = tensor.shape
     return Region(space, start, rows, columns * size, tensor.stride(0) * size, name, written)
+
+
+def regions(name: str, tensor: Tensor, *, written: bool) -> list[Region]:
+    """:func:`region`, also for a (G, N, c) tensor whose last axis alone is contiguous.
+
+    That is one region where all its rows are equally spaced, else one for each index of the
+    shorter of them.
+    """
+    if tensor.is_contiguous() or tensor.dim() != 3:
+        return [region(name, tensor, written=written)]
+    size = tensor.element_size()
+    space, start = _place(tensor)
+    (many, pitch), (few, step) = (
+        (tensor.shape[axis], tensor.stride(axis) * size)
+        for axis in ((1, 0) if tensor.shape[0] <= tensor.shape[1] else (0, 1))
+    )
+    if step == many * pitch:
+        few, many = 1, few * many
+    elif pitch == few * step:
+        few, many, pitch = 1, few * many, step
+    return [
+        Region(space, start + i * step, many, tensor.shape[2] * size, pitch, name, written)
+        for i in range(few)
+    ]
 
 
 def _segment_hits(start: int, end: int, rectangle: Region) -> bool:
@@ -75,16 +103,21 @@ def overlap(a: Region, b: Region) -> bool:
     )
 
 
-def clashes(regions: Iterable[Region]) -> Iterator[tuple[Region, Region]]:
-    """Pairs (written, other) that share memory, by a sweep over the addresses of each space."""
+def clashes(items: Iterable[Region]) -> Iterator[tuple[Region, Region]]:
+    """Pairs (written, other) that share memory, by a sweep over the addresses of each space.
+
+    The regions of one tensor, which bear one name, do not meet: its layout has been checked.
+    """
     spaces: dict[Hashable, list[Region]] = {}
-    for item in regions:
+    for item in items:
         spaces.setdefault(item.space, []).append(item)
-    for items in spaces.values():
+    for space in spaces.values():
         active: list[Region] = []
-        for item in sorted(items, key=lambda item: item.start):
+        for item in sorted(space, key=lambda item: item.start):
             active = [other for other in active if other.end > item.start]
             for other in active:
-                if (item.written or other.written) and overlap(item, other):
+                if item.name == other.name or not (item.written or other.written):
+                    continue
+                if overlap(item, other):
                     yield (other, item) if other.written else (item, other)
             active.append(item)

@@ -113,9 +113,8 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack(_philox_rounds(columns, (key & _MASK32).unbind(0)), dim=1)
 
 
-def _blocks(rng: Tensor, stream: int, first: int, count: int, draw_offset: int) -> Tensor:
-    """Words (count, 4) of blocks first .. first + count; rng is read on its device, no sync."""
-    block = torch.arange(first, first + count, dtype=torch.int64, device=rng.device)
+def _block_words(rng: Tensor, stream: int, block: Tensor, draw_offset: int | Tensor) -> Tensor:
+    """Words (*block.shape, 4) of int64 block indices; rng is read on its device, no sync."""
     counter = (
         block & _MASK32,
         block >> 32,
@@ -123,7 +122,13 @@ def _blocks(rng: Tensor, stream: int, first: int, count: int, draw_offset: int) 
         (rng[1] + draw_offset) & _MASK32,
     )
     key = (rng[0] & _MASK32, rng[0] >> 32 & _MASK32)
-    return torch.stack(_philox_rounds(counter, key), dim=1)
+    return torch.stack(_philox_rounds(counter, key), dim=-1)
+
+
+def _blocks(rng: Tensor, stream: int, first: int, count: int, draw_offset: int) -> Tensor:
+    """Words (count, 4) of blocks first .. first + count."""
+    block = torch.arange(first, first + count, dtype=torch.int64, device=rng.device)
+    return _block_words(rng, stream, block, draw_offset)
 
 
 def words(rng: Tensor, stream: int, numel: int, *, start: int = 0, draw_offset: int = 0) -> Tensor:
@@ -174,6 +179,15 @@ def _sin_cos_turns(t: Tensor) -> tuple[Tensor, Tensor]:
     return sin.float(), cos.float()
 
 
+def _box_muller(words: Tensor) -> Tensor:
+    """Words (..., 4) of blocks to their normals, fp32 of the same shape."""
+    pairs = words.unflatten(-1, (2, 2))
+    log_u = torch.log(uniform_open(pairs[..., 0]).double()).float()
+    radius = torch.sqrt(-2.0 * log_u.double()).float()
+    sin, cos = _sin_cos_turns(uniform_half_open(pairs[..., 1]))
+    return torch.stack((radius * cos, radius * sin), dim=-1).flatten(-2)
+
+
 def normals(
     rng: Tensor, stream: int, numel: int, *, start: int = 0, draw_offset: int = 0
 ) -> Tensor:
@@ -191,13 +205,37 @@ def normals(
     """
     first = start // 4
     count = -(-(start + numel) // 4) - first
-    block = _blocks(rng, stream, first, count, draw_offset).reshape(-1, 2)
-    log_u = torch.log(uniform_open(block[:, 0]).double()).float()
-    radius = torch.sqrt(-2.0 * log_u.double()).float()
-    sin, cos = _sin_cos_turns(uniform_half_open(block[:, 1]))
-    pairs = torch.stack((radius * cos, radius * sin), dim=1)
+    block = _box_muller(_blocks(rng, stream, first, count, draw_offset))
     skip = start - 4 * first
-    return pairs.reshape(-1)[skip : skip + numel]
+    return block.reshape(-1)[skip : skip + numel]
+
+
+def row_normals(
+    rng: Tensor, stream: int, rows: Tensor, columns: int, *, draw_offset: int | Tensor = 0
+) -> Tensor:
+    """Chosen rows of the normals of a stream that is read as a matrix of ``columns`` columns.
+
+    Row i is elements ``i * columns`` to ``(i + 1) * columns`` of :func:`normals`; all rows are made
+    in one pass, wherever they begin in their first block.
+
+    Args:
+        rng: int64 (2,), ``[seed, draw]``.
+        stream: uint32.
+        rows: int64 (N,), each >= 0, with ``(row + 1) * columns < 2**63``, on the device of rng.
+        columns: elements of a row.
+        draw_offset: added to the draw, modulo 2**32; a tensor of no dimension is read on its
+            device.
+
+    Returns:
+        fp32 (N, columns).
+    """
+    first = rows * columns
+    # A row that begins with the last word of a block touches this many.
+    count = (columns + 6) // 4
+    block = (first >> 2)[:, None] + torch.arange(count, device=rows.device)
+    z = _box_muller(_block_words(rng, stream, block, draw_offset)).flatten(1)
+    skip = first & 3
+    return z.gather(1, skip[:, None] + torch.arange(columns, device=rows.device))
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

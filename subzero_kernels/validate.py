@@ -26,11 +26,14 @@ from .checks import (
     check_dtype,
     check_factors,
     check_groups,
+    check_index,
     check_layout,
     check_memory,
     check_no_grad,
     check_rng,
     check_rounding,
+    check_rows,
+    check_slabs,
     check_small,
     check_stream,
     check_streams,
@@ -243,6 +246,81 @@ def check_fold_(
     check_no_grad(tensors)
     check_memory(tensors[:1], tensors[1:])
     return w
+
+
+def check_add_noise_(
+    y: Tensor, scale: Tensor, query: Tensor, rows: Tensor, rng: Tensor, *, stream: int
+) -> Tensor | None:
+    written = [("y", y)]
+    read = [("scale", scale), ("query", query), ("rows", rows), ("rng", rng)]
+    check_dtype("y", y, WEIGHT_DTYPES)
+    if y.dim() != 3:
+        raise fail("y", "(G, N, c)", tuple(y.shape), "pass y[None] for one group")
+    check_slabs("y", y)
+    groups, count, _ = y.shape
+    check_small("scale", scale, y)
+    if tuple(scale.shape) != (groups, count):
+        raise fail(
+            "scale",
+            f"({groups}, {count}) for y {tuple(y.shape)}",
+            tuple(scale.shape),
+            "pass one number for each row of each group",
+        )
+    check_contiguous("scale", scale)
+    check_index("query", query, ("G", groups), "pass the query of each group")
+    check_index("rows", rows, ("N", count), "pass the row of the noise for each row of y")
+    check_rng(rng)
+    check_device(written + read)
+    check_no_grad(written + read)
+    check_stream("stream", stream)
+    check_memory(written, read)
+    return y if y.numel() else None
+
+
+def check_noise_outer_(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    rows: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    beta: float = 0.0,
+) -> Tensor | None:
+    written = [("out", out)]
+    read = [("weight", weight), ("a", a), ("rows", rows), ("rng", rng)]
+    check_dtype("out", out, [torch.float32, torch.float64])
+    if out.dim() != 2:
+        raise fail("out", "(c, r)", tuple(out.shape), "pass a matrix")
+    check_rows("out", out)
+    check_small("weight", weight, out)
+    if weight.dim() != 2 or weight.shape[0] < 1:
+        raise fail(
+            "weight",
+            "(K, N), K queries, K >= 1",
+            tuple(weight.shape),
+            "pass weight[None] for one query",
+        )
+    check_contiguous("weight", weight)
+    count, width = weight.shape[1], out.shape[1]
+    check_dtype("a", a, WEIGHT_DTYPES[: 4 if out.dtype is torch.float64 else 3])
+    if tuple(a.shape) != (count, width):
+        raise fail(
+            "a",
+            f"({count}, {width}) for weight {tuple(weight.shape)} and out {tuple(out.shape)}",
+            tuple(a.shape),
+            "pass one row for each column of weight",
+        )
+    check_rows("a", a)
+    check_index("rows", rows, ("N", count), "pass the row of the noise for each row of a")
+    if not math.isfinite(beta):
+        raise fail("beta", "a finite number", beta, "pass 0.0 to overwrite out")
+    check_rng(rng)
+    check_device(written + read)
+    check_no_grad(written + read)
+    check_stream("stream", stream)
+    check_memory(written, read)
+    return out if out.numel() else None
 
 
 def check_lowrank_linear(

@@ -32,6 +32,20 @@ def case(op: str, device: str) -> tuple[tuple, dict]:
             dict(streams=[3], mu=[2.0]),
         ),
         "fold_": ((half, u, v, core[0]), dict(decay=0.9, rng=rng, stream=3, **stochastic)),
+        "add_noise_": (
+            (
+                torch.zeros(G, M, N + 3, device=device)[:, :, 1:-2],
+                torch.ones(G, M, device=device),
+                torch.arange(G, device=device),
+                torch.arange(M, device=device),
+                rng,
+            ),
+            dict(stream=3),
+        ),
+        "noise_outer_": (
+            (w, torch.ones(2, 3, device=device), w[:3] + 1, torch.arange(3, device=device), rng),
+            dict(stream=3, beta=0.9),
+        ),
         "lowrank_linear": (
             (torch.randn(2 * G, 3, N, device=device), w, torch.ones(M, device=device), u, v, core),
             {},
@@ -64,7 +78,12 @@ def step(w, other, x, coeff, rng, stream):
         sk.fold_(w, u, v, base, decay=0.5)
         noise = torch.empty(5)
         sk.normal_(noise, rng, stream)
-    return y, base, noise
+        rows, ones = torch.arange(len(x)), torch.ones(1, len(x))
+        noisy = y[None].clone()
+        sk.add_noise_(noisy, ones, rows[:1], rows, rng, stream=stream)
+        outer = torch.empty(M, N)
+        sk.noise_outer_(outer, ones, x, rows, rng, stream=stream)
+    return y, base, noise, noisy, outer
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

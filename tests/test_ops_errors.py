@@ -46,6 +46,17 @@ def good(op: str) -> dict:
             mu=[1.0, 2.0],
         ),
         "fold_": dict(w=w, u=u, v=v, core=cores[0].clone()),
+        "add_noise_": dict(
+            y=torch.randn(G, M, N),
+            scale=torch.randn(G, M),
+            query=torch.arange(G),
+            rows=torch.arange(M),
+            rng=rng,
+            stream=3,
+        ),
+        "noise_outer_": dict(
+            out=w, weight=torch.randn(2, 5), a=matrix(5, N), rows=torch.arange(5), rng=rng, stream=3
+        ),
         "lowrank_linear": dict(
             x=torch.randn(2 * G, 3, N), w=w, bias=torch.randn(M), u=u, v=v, core=cores
         ),

@@ -21,6 +21,8 @@
   decltype(portable::perturb_dense_) perturb_dense_; \
   decltype(portable::core_noise_) core_noise_;       \
   decltype(portable::fold_) fold_;                   \
+  decltype(portable::add_noise_) add_noise_;         \
+  decltype(portable::noise_outer_) noise_outer_;     \
   decltype(portable::ln) ln;                         \
   decltype(portable::sincos_turns) sincos_turns;     \
   }
@@ -46,6 +48,8 @@ struct Variant {
   decltype(&portable::perturb_dense_) perturb_dense_;
   decltype(&portable::core_noise_) core_noise_;
   decltype(&portable::fold_) fold_;
+  decltype(&portable::add_noise_) add_noise_;
+  decltype(&portable::noise_outer_) noise_outer_;
   decltype(&portable::ln) ln;
   decltype(&portable::sincos_turns) sincos_turns;
 };
@@ -60,6 +64,8 @@ struct Variant {
    isa::perturb_dense_,                 \
    isa::core_noise_,                    \
    isa::fold_,                          \
+   isa::add_noise_,                     \
+   isa::noise_outer_,                   \
    isa::ln,                             \
    isa::sincos_turns}
 
@@ -152,6 +158,12 @@ Status core_noise_(const CoreNoise& args, const Launch& launch) {
 }
 Status fold_(const Fold& args, const Launch& launch) {
   return variant().fold_(args, launch);
+}
+Status add_noise_(const AddNoise& args, const Launch& launch) {
+  return variant().add_noise_(args, launch);
+}
+Status noise_outer_(const NoiseOuter& args, const Launch& launch) {
+  return variant().noise_outer_(args, launch);
 }
 Status ln(int64_t first, int64_t count, float* out) {
   return variant().ln(first, count, out);

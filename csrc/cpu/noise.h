@@ -29,6 +29,19 @@ static inline void batch_normals(const NoiseSource& source, uint64_t block, floa
     }
 }
 
+// The normals of elements first .. first + count, a batch at a time: f(offset from first, z,
+// count).
+template <class F>
+static inline void for_each_batch(const NoiseSource& source, int64_t first, int64_t count, F&& f) {
+  for (int64_t at = 0; at < count;) {
+    const int64_t skip = (first + at) % 4, taken = least(kBatch - skip, count - at);
+    float z[kBatch];
+    batch_normals(source, static_cast<uint64_t>(first + at) / 4, z, skip + taken);
+    f(at, z + skip, taken);
+    at += taken;
+  }
+}
+
 // The words of elements first .. first + count.
 static inline void fill_words(const NoiseSource& source, int64_t first, int64_t count,
                               uint32_t* out) {

@@ -56,24 +56,66 @@ def matrix(tensor: Tensor) -> Any:
     )
 
 
-def factor(tensor: Tensor) -> Any:
-    """A basis (rows, rank) as native.Matrix."""
-    rows, rank = tensor.shape
+def rows(tensor: Tensor) -> Any:
+    """A (rows, columns) tensor with contiguous rows as native.Matrix of that very shape."""
+    count, columns = tensor.shape
     return require().Matrix(
         data=tensor.data_ptr(),
-        rows=rows,
-        columns=rank,
-        stride=rank if rows == 1 else tensor.stride(0),
+        rows=count,
+        columns=columns,
+        stride=columns if count == 1 else tensor.stride(0),
         dtype=_dtypes[tensor.dtype],
     )
 
 
 def low_rank(w: Tensor, u: Tensor, v: Tensor, stream: int) -> Any:
-    return require().LowRank(w=matrix(w), u=factor(u), v=factor(v), stream=stream)
+    return require().LowRank(w=matrix(w), u=rows(u), v=rows(v), stream=stream)
 
 
 def queries(coeff: Tensor, rng: Tensor) -> Any:
     return require().Queries(coeff=coeff.data_ptr(), count=coeff.shape[-1], rng=rng.data_ptr())
+
+
+def add_noise(
+    y: Tensor, scale: Tensor, query: Tensor, row: Tensor, rng: Tensor, stream: int
+) -> Any:
+    groups, count, columns = y.shape
+    return require().AddNoise(
+        y=require().Slabs(
+            data=y.data_ptr(),
+            groups=groups,
+            rows=count,
+            columns=columns,
+            group_stride=y.stride(0),
+            row_stride=y.stride(1),
+            dtype=_dtypes[y.dtype],
+        ),
+        scale=scale.data_ptr(),
+        query=query.data_ptr(),
+        row=row.data_ptr(),
+        rng=rng.data_ptr(),
+        stream=stream,
+    )
+
+
+def noise_outer(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    row: Tensor,
+    rng: Tensor,
+    stream: int,
+    beta: float,
+) -> Any:
+    native = require()
+    return native.NoiseOuter(
+        out=rows(out),
+        a=rows(a),
+        queries=native.Queries(coeff=weight.data_ptr(), count=weight.shape[0], rng=rng.data_ptr()),
+        row=row.data_ptr(),
+        stream=stream,
+        beta=beta,
+    )
 
 
 def rounding(name: str) -> Any:

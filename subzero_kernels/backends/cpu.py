@@ -24,6 +24,8 @@ OPS = frozenset(
         "perturb_dense_",
         "core_noise_",
         "fold_",
+        "add_noise_",
+        "noise_outer_",
         "lowrank_linear",
         "lowrank_embedding",
     }
@@ -180,6 +182,30 @@ def fold_(
         decay=decay,
         rounding=args.rounding(rounding),
         rng=0 if rng is None else rng.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def add_noise_(
+    y: Tensor, scale: Tensor, query: Tensor, rows: Tensor, rng: Tensor, *, stream: int
+) -> None:
+    args.require().cpu.add_noise_(
+        args=args.add_noise(y, scale, query, rows, rng, stream), threads=torch.get_num_threads()
+    )
+
+
+def noise_outer_(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    rows: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    beta: float = 0.0,
+) -> None:
+    args.require().cpu.noise_outer_(
+        args=args.noise_outer(out, weight, a, rows, rng, stream, beta),
         threads=torch.get_num_threads(),
     )
 

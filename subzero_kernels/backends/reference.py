@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from ..rng import normals, philox, round_stochastic, rounding_stream, words
+from ..rng import normals, philox, round_stochastic, rounding_stream, row_normals, words
 
 OPS = frozenset(
     {
@@ -28,6 +28,8 @@ OPS = frozenset(
         "perturb_dense_",
         "core_noise_",
         "fold_",
+        "add_noise_",
+        "noise_outer_",
         "lowrank_linear",
         "lowrank_embedding",
     }
@@ -192,6 +194,44 @@ def fold_(
     dtype = _wide(w)
     value = decay * w.to(dtype) + _product(u, core, v, dtype).reshape(w.shape)
     _store(w, value, rounding, rng, stream)
+
+
+def add_noise_(
+    y: Tensor, scale: Tensor, query: Tensor, rows: Tensor, rng: Tensor, *, stream: int
+) -> None:
+    dtype = _wide(y)
+    for group, scales, offset in zip(y, scale[..., None], query, strict=True):
+        z = row_normals(rng, stream, rows, y.shape[2], draw_offset=offset)
+        value = group.to(dtype) + scales.to(dtype) * z.to(dtype)
+        # Adding zero would turn -0.0 into 0.0.
+        group.copy_(torch.where(scales == 0, group, value.to(y.dtype)))
+
+
+# Rows whose noise is made at a time.
+_NOISE_ROWS = 1024
+
+
+@_exact_products
+def noise_outer_(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    rows: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    beta: float = 0.0,
+) -> None:
+    dtype = _wide(out)
+    total = torch.zeros(out.shape, dtype=dtype, device=out.device)
+    for start in range(0, rows.shape[0], _NOISE_ROWS):
+        part = slice(start, start + _NOISE_ROWS)
+        noise = torch.zeros(len(rows[part]), out.shape[0], dtype=dtype, device=out.device)
+        for k, weights in enumerate(weight[:, part, None].to(dtype)):
+            z = row_normals(rng, stream, rows[part], out.shape[0], draw_offset=k)
+            noise += weights * z.to(dtype)
+        total += noise.T @ a[part].to(dtype)
+    out.copy_(total if beta == 0 else beta * out + total)
 
 
 @_exact_products

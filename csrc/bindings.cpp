@@ -257,6 +257,43 @@ void bind_cuda(py::module_ m) {
         check(cuda::normal_({out, pointer<int64_t>(rng), stream}, launch), "normal_", shape(out));
       },
       NoGil(), py::kw_only(), py::arg("out"), py::arg("rng"), py::arg("stream"), py::arg("launch"));
+  m.def(
+      "perturb_dense_",
+      [](const std::vector<Dense>& items, const Queries& queries, Rounding rounding,
+         const Launch& launch) {
+        const auto count = static_cast<int64_t>(items.size());
+        check(cuda::perturb_dense_({items.data(), count, queries, rounding}, launch),
+              "perturb_dense_", shapes(items));
+      },
+      NoGil(), py::kw_only(), py::arg("items"), py::arg("queries"), py::arg("rounding"),
+      py::arg("launch"));
+  m.def(
+      "core_noise_",
+      [](const std::vector<Core>& items, int64_t groups, const Queries& queries,
+         const Launch& launch) {
+        const auto count = static_cast<int64_t>(items.size());
+        check(cuda::core_noise_({items.data(), count, groups, queries}, launch), "core_noise_",
+              shapes(items));
+      },
+      NoGil(), py::kw_only(), py::arg("items"), py::arg("groups"), py::arg("queries"),
+      py::arg("launch"));
+  m.def(
+      "add_noise_",
+      [](const AddNoise& args, const Launch& launch) {
+        check(cuda::add_noise_(args, launch), "add_noise_", shapes(args));
+      },
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"));
+  m.def(
+      "noise_outer_sum",
+      [](uintptr_t sum, const Queries& queries, int64_t weight_stride, uintptr_t row, int64_t rows,
+         int64_t columns, uint32_t stream, const Launch& launch) {
+        check(cuda::noise_outer_sum({pointer<float>(sum), queries, weight_stride,
+                                     pointer<int64_t>(row), rows, columns, stream},
+                                    launch),
+              "noise_outer_", std::to_string(rows) + " rows of " + std::to_string(columns));
+      },
+      NoGil(), py::kw_only(), py::arg("sum"), py::arg("queries"), py::arg("weight_stride"),
+      py::arg("row"), py::arg("rows"), py::arg("columns"), py::arg("stream"), py::arg("launch"));
 }
 #endif
 

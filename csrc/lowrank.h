@@ -139,6 +139,18 @@ struct NoiseOuter {
   double beta;
 };
 
+// What the CUDA noise_outer_ does natively: sum (rows, columns) = sum_k weight[k, i] z_(draw + k)
+// of consecutive rows. torch's GEMM does the rest.
+struct NoiseOuterSum {
+  float* sum;             // contiguous
+  Queries queries;        // coeff: weight[0, first of the rows]
+  int64_t weight_stride;  // from query to query
+  const int64_t* row;     // (rows,), of the noise
+  int64_t rows;
+  int64_t columns;
+  uint32_t stream;
+};
+
 namespace cpu {
 
 Status philox4x32(const Philox4x32& args, const Launch& launch);
@@ -161,6 +173,10 @@ namespace cuda {
 
 Status philox4x32(const Philox4x32& args, const Launch& launch);
 Status normal_(const Normal& args, const Launch& launch);
+Status perturb_dense_(const PerturbDense& args, const Launch& launch);
+Status core_noise_(const CoreNoise& args, const Launch& launch);
+Status add_noise_(const AddNoise& args, const Launch& launch);
+Status noise_outer_sum(const NoiseOuterSum& args, const Launch& launch);
 
 }  // namespace cuda
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,27 @@ def low_rank(w: Tensor, u: Tensor, v: Tensor, stream: int) -> Any:
 
 def queries(coeff: Tensor, rng: Tensor) -> Any:
     return require().Queries(coeff=coeff.data_ptr(), count=coeff.shape[-1], rng=rng.data_ptr())
+
+
+def dense(ws: Sequence[Tensor], streams: Sequence[int]) -> list[Any]:
+    native = require()
+    return [native.Dense(w=matrix(w), stream=s) for w, s in zip(ws, streams, strict=True)]
+
+
+def cores(
+    out: Sequence[Tensor], base: Sequence[Tensor], streams: Sequence[int], mu: Sequence[float]
+) -> list[Any]:
+    native = require()
+    return [
+        native.Core(
+            out=group.data_ptr(),
+            base=start.data_ptr(),
+            rank=start.shape[0],
+            stream=stream,
+            mu=scale,
+        )
+        for group, start, stream, scale in zip(out, base, streams, mu, strict=True)
+    ]
 
 
 def add_noise(

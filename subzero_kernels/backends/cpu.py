@@ -126,12 +126,8 @@ def perturb_dense_(
     streams: Sequence[int],
     rounding: str = "nearest",
 ) -> None:
-    native = args.require()
-    native.cpu.perturb_dense_(
-        items=[
-            native.Dense(w=args.matrix(w), stream=stream)
-            for w, stream in zip(ws, streams, strict=True)
-        ],
+    args.require().cpu.perturb_dense_(
+        items=args.dense(ws, streams),
         queries=args.queries(coeff, rng),
         rounding=args.rounding(rounding),
         threads=torch.get_num_threads(),
@@ -147,18 +143,8 @@ def core_noise_(
     streams: Sequence[int],
     mu: Sequence[float],
 ) -> None:
-    native = args.require()
-    native.cpu.core_noise_(
-        items=[
-            native.Core(
-                out=cores.data_ptr(),
-                base=start.data_ptr(),
-                rank=start.shape[0],
-                stream=stream,
-                mu=scale,
-            )
-            for cores, start, stream, scale in zip(out, base, streams, mu, strict=True)
-        ],
+    args.require().cpu.core_noise_(
+        items=args.cores(out, base, streams, mu),
         groups=coeff.shape[0],
         queries=args.queries(coeff, rng),
         threads=torch.get_num_threads(),

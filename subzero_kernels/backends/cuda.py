@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native_args as args
+from .reference import _exact_products
 
-OPS = frozenset({"philox4x32", "normal_"})
+OPS = frozenset(
+    {"philox4x32", "normal_", "perturb_dense_", "core_noise_", "add_noise_", "noise_outer_"}
+)
+
+# The noise of noise_outer_ is made this many elements at a time: 16 MiB.
+_NOISE_ELEMENTS = 1 << 22
 
 
 def available() -> tuple[bool, str]:
@@ -48,3 +55,78 @@ def normal_(out: Tensor, rng: Tensor, stream: int) -> None:
     args.require().cuda.normal_(
         out=args.matrix(out), rng=rng.data_ptr(), stream=stream, launch=_launch(out)
     )
+
+
+def perturb_dense_(
+    ws: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> None:
+    args.require().cuda.perturb_dense_(
+        items=args.dense(ws, streams),
+        queries=args.queries(coeff, rng),
+        rounding=args.rounding(rounding),
+        launch=_launch(ws[0]),
+    )
+
+
+def core_noise_(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    mu: Sequence[float],
+) -> None:
+    args.require().cuda.core_noise_(
+        items=args.cores(out, base, streams, mu),
+        groups=coeff.shape[0],
+        queries=args.queries(coeff, rng),
+        launch=_launch(coeff),
+    )
+
+
+def add_noise_(
+    y: Tensor, scale: Tensor, query: Tensor, rows: Tensor, rng: Tensor, *, stream: int
+) -> None:
+    args.require().cuda.add_noise_(
+        args=args.add_noise(y, scale, query, rows, rng, stream), launch=_launch(y)
+    )
+
+
+@_exact_products
+def noise_outer_(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    rows: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    beta: float = 0.0,
+) -> None:
+    native = args.require()
+    (queries, count), columns = weight.shape, out.shape[0]
+    if not count:
+        out.mul_(beta) if beta else out.zero_()
+    step = max(1, _NOISE_ELEMENTS // columns)
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        noise = out.new_empty(len(rows[part]), columns)
+        native.cuda.noise_outer_sum(
+            sum=noise.data_ptr(),
+            queries=native.Queries(
+                coeff=weight[:, part].data_ptr(), count=queries, rng=rng.data_ptr()
+            ),
+            weight_stride=count,
+            row=rows[part].data_ptr(),
+            rows=noise.shape[0],
+            columns=columns,
+            stream=stream,
+            launch=_launch(out),
+        )
+        out.addmm_(noise.T, a[part].float(), beta=1.0 if start else beta)

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from .groups import SharedPrefix, batch_size, repeat_batch
+from .objectives import LogitsLoss
 from .plan import DENSE, SIDE
+from .rows import main_grid, scored_positions
 from .side_path import DenseValue, GroupsDiffer, LowRank
 from .weights import Weights
 
 Signs = list[tuple[int | None, int]]
+Objective = Callable[..., Tensor] | LogitsLoss
+Micro = tuple[Any, Tensor | None]  # a batch, and the mask of tokens whose losses are read
 
 
 class Evaluator:
     """Calls the user's objective for every group and returns the losses (G,) fp32."""
 
     def __init__(self, model: nn.Module, weights: Weights) -> None:
+        self.model = model
         self.weights = weights
         self.plan = weights.plan
         self.shared = SharedPrefix(model, {id(e.param) for e in self.plan.entries}, weights.hooks)
@@ -28,26 +33,32 @@ class Evaluator:
         self._used_checked = False
 
     def bind(
-        self, closure: Any, per_example_loss: Callable[[Any], Tensor] | None
+        self, closure: Any, objective: Objective | None, positions: Any = None
     ) -> Callable[[Signs], Tensor]:
         """Check what the user passed, before anything is touched."""
-        if per_example_loss is None:
+        if objective is None:
             if not callable(closure):
                 raise TypeError(
                     f"closure: expected a callable that returns a scalar loss, got "
-                    f"{type(closure).__name__}; with a batch, pass per_example_loss as well"
+                    f"{type(closure).__name__}; with a batch, pass an objective as well"
                 )
             return lambda signs: self._closure(closure, signs)
-        if not callable(per_example_loss):
-            raise TypeError(
-                f"per_example_loss: expected a callable, got {type(per_example_loss).__name__}"
-            )
+        if not callable(objective):
+            raise TypeError(f"objective: expected a callable, got {type(objective).__name__}")
         batches = closure if isinstance(closure, list) else [closure]
         if not batches:
             raise ValueError("batch: expected at least one micro-batch, got an empty list")
-        for batch in batches:
-            batch_size(batch)
-        return lambda signs: self._batches(batches, per_example_loss, signs)
+        masks = micro_masks(positions, len(batches))
+        micros = [self._micro(b, objective, m) for b, m in zip(batches, masks, strict=True)]
+        return lambda signs: self._batches(micros, objective, signs)
+
+    def _micro(self, batch: Any, objective: Objective, positions: Any) -> tuple[Any, Tensor | None]:
+        """The batch as the model takes it, and the mask of tokens whose losses are read."""
+        examples = batch_size(batch)
+        if isinstance(objective, LogitsLoss):
+            batch = objective.prepare(self.model, batch)
+            return batch, objective.scored(batch, positions)
+        return batch, scored_positions(batch, examples, main_grid(batch, examples, 0), positions)
 
     def _closure(self, closure: Callable[[], Any], signs: Signs) -> Tensor:
         device = self.weights.decay.device
@@ -58,46 +69,60 @@ class Evaluator:
         self._check_used()
         return torch.stack(losses)
 
-    def _batches(
-        self, batches: list[Any], objective: Callable[[Any], Tensor], signs: Signs
-    ) -> Tensor:
-        total = sum(batch_size(b) for b in batches)
+    def _batches(self, micros: list[Micro], objective: Objective, signs: Signs) -> Tensor:
         if not self.plan.one_by_one:
             try:
-                sums = [self._together(b, objective, len(signs)) for b in batches]
+                parts = [self._together(micro, objective, len(signs)) for micro in micros]
                 self._check_used()
-                return torch.stack(sums).sum(0) / total
+                return _mean(parts)
             except GroupsDiffer as reason:
                 self.plan.one_by_one = str(reason)
         losses = []
         for g in range(len(signs)):
             self.weights.show(g)
-            losses.append(
-                torch.stack([self._one(b, objective, 1).sum() for b in batches]).sum() / total
-            )
+            losses.append(_mean([self._sums(micro, objective, 1) for micro in micros]))
         self._check_used()
-        return torch.stack(losses)
+        return torch.cat(losses)
 
-    def _together(self, batch: Any, objective: Callable[[Any], Tensor], groups: int) -> Tensor:
-        rows = groups * batch_size(batch)
+    def _together(self, micro: Micro, objective: Objective, groups: int) -> tuple[Tensor, int]:
+        rows = groups * batch_size(micro[0])
         self.weights.show_all(rows)
         self.shared.groups, self.shared.rows = groups, rows
         try:
-            return self._one(batch, objective, groups).view(groups, -1).sum(1)
+            return self._sums(micro, objective, groups)
         finally:
             self.shared.groups = self.shared.rows = 1
 
-    def _one(self, batch: Any, objective: Callable[[Any], Tensor], groups: int) -> Tensor:
-        """objective on ``groups`` copies of the batch: (groups * examples,) fp32."""
-        examples = groups * batch_size(batch)
-        losses = objective(repeat_batch(batch, groups))
-        if not isinstance(losses, Tensor) or losses.shape != (examples,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    def _sums(self, micro: Micro, objective: Objective, groups: int) -> tuple[Tensor, int]:
+        """The sum of each group's losses (groups,) fp32, and how many were summed."""
+        batch, scored = micro
+        examples = batch_size(batch)
+        repeated = repeat_batch(batch, groups)
+        if isinstance(objective, LogitsLoss):
+            assert scored is not None
+            losses = objective(self.model, repeated, scored.repeat(groups, 1))
+            width = int(scored.sum(1).max())
+        else:
+            losses = objective(repeated)
+            grid = main_grid(batch, examples, 0)
+            if scored is None and grid is not None:
+                scored = grid.real
+            width = 0 if scored is None else scored.shape[1]
+        rows = groups * examples
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if shape != (rows,) and (shape != (rows, width) or not width):
+            tokens = f", or per token, shape ({rows}, {width})" if width else ""
             raise ValueError(
-                f"per_example_loss: expected one loss per example, shape ({examples},), "
-                f'got {got}; use reduction="none" and average within each example'
+                f"objective: expected one loss per example, shape ({rows},){tokens}, got {shape}; "
+                'use reduction="none" and average within each example'
             )
-        return losses.detach().to(self.weights.decay.device, torch.float32)
+        losses = losses.detach().to(self.weights.decay.device, torch.float32)
+        if losses.dim() == 1:
+            return losses.view(groups, -1).sum(1), examples
+        assert scored is not None
+        if not isinstance(objective, LogitsLoss):
+            losses = losses.masked_fill(~scored.to(losses.device).repeat(groups, 1), 0)
+        return losses.view(groups, -1).sum(1), int(scored.sum())
 
     def _check_used(self) -> None:
         """After the first evaluation: name what is trained but was not evaluated where we look."""
@@ -118,6 +143,22 @@ class Evaluator:
             )
 
 
+def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
+    """Losses (groups,): sums of micro-batches over how many losses there were."""
+    return torch.stack([total for total, _ in parts]).sum(0) / sum(count for _, count in parts)
+
+
+def micro_masks(positions: Any, count: int) -> list[Any]:
+    """One mask, or None, for each micro-batch."""
+    masks = positions if isinstance(positions, list) else [positions] * count
+    if len(masks) != count:
+        raise ValueError(
+            f"positions: expected one mask for each of {count} micro-batches, got {len(masks)}; "
+            "pass a list of masks"
+        )
+    return masks
+
+
 def scalar_loss(value: Any) -> Tensor:
     """A closure's result as a 0-d fp32 tensor, or one error."""
     if isinstance(value, Tensor):
@@ -125,7 +166,7 @@ def scalar_loss(value: Any) -> Tensor:
             return value.detach().reshape(()).float()
         raise ValueError(
             f"closure: expected a scalar loss, got a tensor of shape {tuple(value.shape)}; "
-            "return loss.mean(), or use step(batch, per_example_loss)"
+            "return loss.mean(), or use step(batch, objective)"
         )
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(

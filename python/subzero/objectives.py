@@ -1,97 +1,220 @@
-"""Objectives: one loss per example, in fp32, from one forward.
+"""Objectives that read logits at chosen positions, so that no other logits are formed.
 
-Each is called as ``objective(batch) -> (examples,)``, the form that ``SubZero.step(batch,
-objective)`` evaluates for all signs and queries together. Logits come from the model's own head,
-which may be tied, trained and perturbed, and only at the positions that are read.
+A :class:`LogitsLoss` serves wherever ``SubZero.step(batch, objective)`` takes one. Because the
+optimizer calls the model itself, it can evaluate a query as one decoded row (row_queries.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+from .groups import batch_size
+from .rows import (
+    compact,
+    labelled_positions,
+    last_positions,
+    main_grid,
+    next_positions,
+    scored_positions,
+    take,
+    token_labels,
+)
 
 
-class LabelWords:
-    """Cross entropy over the label words at the last real position.
-
-        loss_b = -log softmax(logits_b[words])[labels_b]
+class LogitsLoss:
+    """A loss that is a function of the logits at a few positions.
 
     Args:
-        model: causal language model of transformers.
-        words: token of each class.
-        padding_side: where the batches are padded. "left" needs the logits of one position only;
-            "right" forms them at all positions.
+        fn: ``fn(logits, batch)`` with logits (examples, P, vocabulary) at the scored positions of
+            each example, in order and from the left, P the largest number of an example -> losses
+            (examples,), or (examples, P) of which entries beyond an example's own are ignored.
+        positions: which positions are read: ``positions(batch)`` -> bool (examples, tokens), or
+            such a mask. None: what ``step`` is given, else the positions before labels other than
+            -100.
+        tokens: ids of the vocabulary that fn reads; logits are then (examples, P, len(tokens)).
 
-    A batch holds input_ids, attention_mask (examples, tokens) and labels (examples,): the class of
-    each example.
+    A batch is a mapping; what the model's forward knows by name is passed to it, labels are not.
     """
 
-    def __init__(self, model: nn.Module, words: Sequence[int], padding_side: str = "left") -> None:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f'padding_side: expected "left" or "right", got {padding_side!r}')
-        self.words = list(words)
-        self.padding_side = padding_side
-        self._forward = _Forward(model)
+    def __init__(
+        self,
+        fn: Callable[[Tensor, Any], Tensor],
+        positions: Callable[[Any], Tensor] | Tensor | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(
+                f"fn: expected a callable fn(logits, batch) -> losses, got {type(fn).__name__}"
+            )
+        self.fn = fn
+        self.positions = positions
+        self.tokens = None if tokens is None else list(tokens)
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Losses (examples,) fp32."""
-        return F.cross_entropy(self.logits(batch), batch["labels"], reduction="none")
+    def prepare(self, model: nn.Module, batch: Any) -> Any:
+        """The batch as the model takes it: an encoder-decoder's labels shifted into its input."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batch: expected a mapping of tensors with a LogitsLoss, got "
+                f'{type(batch).__name__}; pass for example {{"input_ids": ids}}'
+            )
+        config = getattr(model, "config", None)
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+            if shift is None or not isinstance(batch.get("labels"), Tensor):
+                raise ValueError(
+                    "batch: expected decoder_input_ids or labels for an encoder-decoder, got "
+                    f"{sorted(batch)}; add one of them"
+                )
+            return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
+        return batch
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits of the words (examples, words) fp32."""
-        if self.padding_side == "left":
-            return self._forward(batch, last_only=True)[:, -1, self.words].float()
-        logits = self._forward(batch, last_only=False)
-        last = batch["attention_mask"].sum(1) - 1
-        rows = torch.arange(len(logits), device=logits.device)
-        return logits[rows, last][:, self.words].float()
+    def scored(self, batch: Any, positions: Tensor | None = None) -> Tensor:
+        """The mask of positions read, bool (examples, tokens)."""
+        examples = batch_size(batch)
+        chosen = self.positions if positions is None else positions
+        mask = scored_positions(batch, examples, main_grid(batch, examples, 0), chosen)
+        if mask is None:
+            raise ValueError(
+                "positions: expected a mask or labels of the tokens with a LogitsLoss that names "
+                "no positions, got neither; pass step(batch, objective, positions=mask)"
+            )
+        return mask
+
+    def __call__(self, model: nn.Module, batch: Any, positions: Tensor | None = None) -> Tensor:
+        """Losses (examples,), or (examples, P) with zeros beyond an example's own."""
+        batch = self.prepare(model, batch)
+        index, valid = compact(self.scored(batch, positions))
+        losses = self.fn(logits_at(model, batch, index, self.tokens), batch)
+        return losses.masked_fill(~valid, 0) if losses.shape == valid.shape else losses
+
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        """Logits at the scored positions, (examples, P, vocabulary or tokens)."""
+        batch = self.prepare(model, batch)
+        return logits_at(model, batch, compact(self.scored(batch))[0], self.tokens)
 
 
-class NextToken:
-    """Language modelling: the mean negative log-likelihood of each example's own tokens.
+def label_words(ids: Sequence[int]) -> LogitsLoss:
+    """Cross entropy over the label words at the last real position of each example.
 
-        loss_b = -(1 / (n_b - 1)) sum_t log p(token_(t+1) | tokens up to t)
+        loss_b = -log softmax(logits_b[ids])[labels_b]
 
-    A batch holds input_ids and attention_mask (examples, tokens), padded on either side. An
-    example of a single token scores nothing and has loss 0.
+    A batch holds input_ids (examples, tokens), attention_mask if there is padding, on either side,
+    and labels (examples,): the class of each example, an index into ``ids``. Source: MeZO, arXiv
+    2305.17333, appendix E.2. Losses are (examples,), fp32 or wider.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._forward = _Forward(model)
+    def loss(logits: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(at_least_fp32(logits[:, 0]), batch["labels"], reduction="none")
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Losses (examples,) fp32."""
-        mask = batch["attention_mask"]
-        scored = (mask[:, 1:] * mask[:, :-1]).bool()
-        targets = batch["input_ids"][:, 1:].masked_fill(~scored, -100)
-        logits = self._forward(batch, last_only=False)[:, :-1]
-        # A few rows at a time: the fp32 log-softmax is as large as the logits themselves.
-        losses = [
-            F.cross_entropy(part.transpose(1, 2).float(), target, reduction="none").sum(1)
-            for part, target in zip(logits.split(16), targets.split(16), strict=True)
+    return LogitsLoss(loss, last_positions, tokens=ids)
+
+
+def next_token() -> LogitsLoss:
+    """Language modelling: the negative log-likelihood of each next token, (examples, P).
+
+        loss_bt = -log softmax(logits_bt)[token_b(t+1)]
+
+    Read at every real token that has a successor, or, where the batch has labels for its tokens,
+    before labels other than -100. Padding on either side and packed sequences are understood.
+    """
+
+    def positions(batch: Any) -> Tensor:
+        labelled = labelled_positions(batch)
+        return next_positions(batch) if labelled is None else labelled
+
+    def loss(logits: Tensor, batch: Any) -> Tensor:
+        labels = token_labels(batch)
+        targets = batch["input_ids"] if labels is None else labels
+        if "decoder_input_ids" not in batch:
+            targets = targets.roll(-1, 1)
+        index, _ = compact(_real(batch, positions(batch)))
+        targets = take(targets, index.to(targets.device)).clamp(min=0).to(logits.device)
+        # a few rows at a time: the fp32 log-softmax is as large as the logits themselves
+        parts = [
+            F.cross_entropy(at_least_fp32(some).transpose(1, 2), target, reduction="none")
+            for some, target in zip(logits.split(16), targets.split(16), strict=True)
         ]
-        return torch.cat(losses) / scored.sum(1).clamp(min=1)
+        return torch.cat(parts)
+
+    return LogitsLoss(loss, positions)
 
 
-class _Forward:
-    """The model's logits (examples, positions, vocabulary), at the last position only if asked."""
+def _real(batch: Any, mask: Tensor) -> Tensor:
+    grid = main_grid(batch, batch_size(batch), 0)
+    return mask if grid is None else mask & grid.real
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        taken = inspect.signature(model.forward).parameters
-        self._keeps = "logits_to_keep" in taken
-        self._cached = "use_cache" in taken
 
-    def __call__(self, batch: Mapping[str, Tensor], last_only: bool) -> Tensor:
-        options: dict[str, Any] = {"use_cache": False} if self._cached else {}
-        if last_only and self._keeps:
-            options["logits_to_keep"] = 1
-        inputs = {name: batch[name] for name in _INPUTS if name in batch}
-        return self.model(**inputs, **options).logits
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Losses are formed in fp32, or in float64 for float64 models."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def logits_at(
+    model: nn.Module, batch: Any, index: Tensor, tokens: Sequence[int] | None = None, **extra: Any
+) -> Tensor:
+    """The model's logits at index (examples, P), of ``tokens`` only if asked.
+
+    The model's own head runs on the rows that are read, so whatever follows it (a scale, a soft
+    cap) stays as it is.
+
+    Args:
+        extra: further arguments of the model's forward.
+
+    Returns:
+        (examples, P, vocabulary or len(tokens)).
+    """
+    taken = forward_names(model)
+    inputs = {name: value for name, value in batch.items() if name in taken and name != "labels"}
+    if "use_cache" in taken:
+        extra.setdefault("use_cache", False)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        output = model(**inputs, **extra)
+        logits = take(output if isinstance(output, Tensor) else output.logits, index)
+        return logits if tokens is None else logits[..., list(tokens)]
+    with _reading(head, index, tokens) as cut:
+        logits = model(**inputs, **extra).logits
+    return logits if tokens is None or cut else logits[..., list(tokens)]
+
+
+@contextmanager
+def _reading(head: nn.Module, index: Tensor, tokens: Sequence[int] | None) -> Iterator[bool]:
+    """The head sees the rows at ``index`` only; yields whether it forms those tokens alone.
+
+    A head that is trained runs whole: the side path knows its weight by identity.
+    """
+    cut = tokens is not None and type(head) is nn.Linear and not head.weight.requires_grad
+    own = head.__dict__.get("forward")
+    whole = head.forward
+    weight: Any = head.weight
+    shift: Any = getattr(head, "bias", None)
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden = take(hidden, index)
+        if not cut:
+            return whole(hidden)
+        words = torch.tensor(tokens, device=weight.device)
+        return F.linear(hidden, weight[words], None if shift is None else shift[words])
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        yield cut
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]
+
+
+def forward_names(model: nn.Module) -> set[str]:
+    """Argument names of the model's forward, looking through PEFT's wrapper."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return set(inspect.signature(base.forward).parameters)

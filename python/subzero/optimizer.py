@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import options, state
+from .activation_weights import ActivationWeights
+from .adapter import export_lora
+from .credit import CreditPlan, make_credit_plan
 from .hooks import attached
 from .losses import Evaluator
+from .objectives import LogitsLoss
 from .plan import Plan, make_plan, one_device
+from .queries import ActivationEvaluator
 from .rules import RULES, Hyper, directional
 from .weights import Weights
 
@@ -30,20 +37,36 @@ class SubZero(torch.optim.Optimizer):
     Parameters with at most one dimension above 1 get plain Gaussian noise on an fp32 master.
     Source: "Zeroth-Order Fine-Tuning of LLMs in Random Subspaces", arXiv 2410.08989.
 
+    With noise="activation" every example (or token) meets its own noise in the outputs of linears,
+
+        y[k] += eps |x| z_k,   W's gradient ~ mean_k ((loss_k - loss) / s) z_k (x / |x|)^T
+
+    which needs far fewer forwards: docs/activation-noise.md.
+
     Args:
         model: the module whose parameters with requires_grad are trained, all on one device.
         lr: learning rate. With rules sgd and momentum it multiplies rho mu Z, with norm the same
             with rho in units of the losses' spread, with adam it is a change per weight.
         eps: half the distance of the two evaluations, in units of mu Z. At least 1e-3 for 16-bit.
-        rank: r, at least 1; clipped to min(m', n') of each matrix, as ``plan()`` shows.
+        rank: r, at least 1; clipped to min(m', n') of each matrix, as ``plan()`` shows. With
+            activation noise it must be at most min(m, n) of every credited weight.
         refresh_every: steps of a window; then W takes up U S V^T and the bases are drawn anew.
         queries: K, perturbations per step.
-        sides: "two" (K pairs), "one" (a baseline and K), or "auto": two.
-        rule: "sgd", "momentum", "adam" or "norm" (sgd on rho over the losses' std; K >= 4).
+        sides: "two" (K pairs), "one" (a baseline and K), or "auto": two for weight noise, one
+            for activation noise, which knows no other.
+        rule: "sgd", "momentum", "adam", "norm" (sgd on rho over the losses' std) or "muon"
+            (orthogonalised momentum on norm's coefficients). With weight noise norm and muon
+            need K >= 4.
         apply: "forward" (side path, W read-only within a window) or "in_place" (the paper's loop).
         seed: of the RNG contract; the run is a function of it and of the losses.
-        noise: "weight".
-        momentum: of rule "momentum", as torch.optim.SGD.
+        noise: "weight" or "activation"; form, credit, where and discount belong to the latter.
+        form: "right" (W + B V^T), "core" (W + U S V^T), both with W read-only within a window, or
+            "full" (W written in each step).
+        credit: "block" (the linears that write to the residual stream share the noise on the last
+            one's output in their block) or "own" (each linear has its own).
+        where: "loss" (noise in the rows whose logits the loss reads) or "all" real rows.
+        discount: how much a token's noise is credited with the losses of later tokens, 0 to 1.
+        momentum: of rules "momentum", as torch.optim.SGD, and "muon".
         betas, adam_eps: of rule "adam".
         weight_decay: decoupled, on matrices only.
         state_at_refresh: "reset" or "keep" the rule's state of the cores when the bases change.
@@ -68,6 +91,10 @@ class SubZero(torch.optim.Optimizer):
         seed: int = 0,
         noise: str = "weight",
         *,
+        form: str = "right",
+        credit: str = "block",
+        where: str = "loss",
+        discount: float = 0.0,
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
@@ -79,7 +106,8 @@ class SubZero(torch.optim.Optimizer):
         self.options = options.check(
             rank=rank, refresh_every=refresh_every, queries=queries, sides=sides, rule=rule,
             apply=apply, seed=seed, noise=noise, state_at_refresh=state_at_refresh,
-            fold_rounding=fold_rounding, reshape=reshape,
+            fold_rounding=fold_rounding, reshape=reshape, form=form, credit=credit, where=where,
+            discount=discount,
         )  # fmt: skip
         group = dict(
             lr=lr, eps=eps, momentum=momentum, betas=tuple(betas), adam_eps=adam_eps,
@@ -96,22 +124,33 @@ class SubZero(torch.optim.Optimizer):
                 "model: expected one without a SubZero optimizer, got one that has it attached; "
                 "call detach() on that optimizer first"
             )
-        plan = make_plan(model, rank, apply, reshape)
+        plan: Plan | CreditPlan
+        if self.options.activation:
+            plan = make_credit_plan(model, form, credit, where, rank)
+        else:
+            plan = make_plan(model, rank, apply, reshape)
         if not plan.entries:
             raise ValueError(
                 "model: expected at least one parameter with requires_grad=True, got none; "
                 "unfreeze what should be trained with requires_grad_(True)"
             )
-        device = one_device(e.param for e in plan.entries)
-        super().__init__([{"params": [e.param for e in plan.entries], **group}], {})
+        params = [e.param for e in plan.entries]
+        device = one_device(params)
+        super().__init__([{"params": params, **group}], {})
         self.model = model
         self.steps = 0
         self.draws = 0
         self.window = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._weights = Weights(plan, self.options)
-        self._weights.attach(model)
-        self._evaluator = Evaluator(model, self._weights)
+        self._weights: Weights | ActivationWeights
+        if isinstance(plan, CreditPlan):
+            self._weights = ActivationWeights(plan, self.options)
+            self._weights.attach(model)
+            self._queries = ActivationEvaluator(model, self._weights, self.options)
+        else:
+            self._weights = Weights(plan, self.options)
+            self._weights.attach(model)
+            self._evaluator = Evaluator(model, self._weights)
         self._rule_state: dict[str, dict[str, Tensor]] = {"core": {}, "dense": {}}
         for module in model.modules():
             hooks = self._weights.hooks
@@ -121,8 +160,12 @@ class SubZero(torch.optim.Optimizer):
 
     # what users call
 
-    def plan(self) -> Plan:
-        """Name, shape, factors, rank, way and reason of every trained parameter; print it."""
+    def plan(self) -> Plan | CreditPlan:
+        """Name, shape, rank, way and reason of every trained parameter; print it.
+
+        With activation noise: which linear is noisy, what credits which weight, why one is not,
+        and whether a query costs a row.
+        """
         return self._weights.plan
 
     @property
@@ -134,17 +177,22 @@ class SubZero(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Any] | Any,
-        per_example_loss: Callable[[Any], Tensor] | None = None,
+        objective: Callable[[Any], Tensor] | LogitsLoss | None = None,
+        positions: Tensor | list[Tensor] | None = None,
     ) -> Tensor:
         """One step: evaluate all signs and queries, then update.
 
         ``step(closure)``: closure() -> a scalar (0-d or one-element tensor, or number), called
-        once for each sign of each query; differentiable or not.
+        once for each sign of each query; differentiable or not. Weight noise only.
 
-        ``step(batch, per_example_loss)``: per_example_loss(batch) -> (examples,), evaluated for
-        all signs and queries in one forward: every tensor of the batch whose axis 0 is the batch
-        is repeated group by group. A list of batches is a list of micro-batches under one
-        perturbation, averaged over examples.
+        ``step(batch, objective)``: objective(batch) -> (examples,) or (examples, tokens), or a
+        LogitsLoss, evaluated for all signs and queries in one forward: every tensor of the batch
+        whose axis 0 is the batch is repeated group by group. A list of batches is a list of
+        micro-batches under one perturbation, averaged over examples (or scored tokens).
+
+        ``positions``: mask (examples, tokens) of the tokens whose logits the loss reads, a list
+        of masks for micro-batches. Without it: the LogitsLoss's own, else those before labels
+        other than -100. Token losses are read there only.
 
         The model runs in eval mode and without autograd, and its modes are put back. A loss that
         is not finite skips the step and is counted in ``skipped``.
@@ -153,23 +201,62 @@ class SubZero(torch.optim.Optimizer):
             0-d fp32 tensor on the device: the mean of all losses, or the baseline when one-sided.
 
         Raises:
-            TypeError, ValueError: a loss that is no scalar, or not one per example; the weights
-                are as before.
+            TypeError, ValueError: a loss that is no scalar, or not one per example or token; the
+                weights are as before.
         """
-        evaluate = self._evaluator.bind(closure, per_example_loss)
-        if self.steps % self.options.refresh_every == 0:
-            self._open_window(self.steps // self.options.refresh_every)
         opts, group = self.options, self.param_groups[0]
         options.check_group(group)
         rng = torch.tensor([opts.seed, self.draws], device=self._skipped.device)
-        with self._eval_mode(), self._weights.perturbed(group["eps"], rng) as signs:
-            losses = evaluate(signs)
-            rho, finite = directional(losses, group["eps"], opts.two_sided, opts.rule)
-            self._update(rho / opts.queries, finite, rng)
+        if opts.activation:
+            loss, finite = self._activation_step(closure, objective, positions, rng)
+        else:
+            loss, finite = self._weight_step(closure, objective, positions, rng)
         self._skipped += ~finite
         self.steps += 1
         self.draws += opts.queries
-        return losses.mean() if opts.two_sided else losses[0]
+        return loss.float()
+
+    @torch.no_grad()
+    def bases_from(
+        self,
+        batches: Any,
+        objective: Callable[[Any], Tensor] | LogitsLoss,
+        positions: Tensor | list[Tensor] | None = None,
+    ) -> None:
+        """Bases V from the rows of plain forwards, before the first step; draws no noise.
+
+        For forms core and right of activation noise; 64 examples serve. Without it the first
+        step's own rows give V. Arguments as in ``step``.
+
+        Raises:
+            ValueError: weight noise, or a step has been made.
+        """
+        if not self.options.activation or self.steps:
+            got = f"step {self.steps}" if self.options.activation else "noise='weight'"
+            raise ValueError(
+                f"bases_from: expected noise='activation' and a call before the first step, got "
+                f"{got}; bases of later windows come from the rows of the run itself"
+            )
+        assert isinstance(self._weights, ActivationWeights)
+        micros = self._queries.bind(batches, objective, positions)
+        rng = torch.tensor([self.options.seed, self.draws], device=self._skipped.device)
+        with self._eval_mode(), self._weights.forgetting():
+            self._weights.begin_step()
+            for micro in micros:
+                self._queries.clean_rows(micro, objective, rng)
+            self._weights.align_kept(self.window)
+
+    def export_lora(self, folder: str | os.PathLike[str]) -> None:
+        """The current window as a PEFT LoRA adapter: form right of activation noise.
+
+        ``peft`` loads it over the model as it was folded at the window's start, with the same
+        logits: lora_B = B, lora_A = V^T, scale 1. The weights are not folded by this call.
+        The folder is written beside and renamed.
+
+        Raises:
+            ValueError: another form or noise, no step yet, a model that carries an adapter.
+        """
+        export_lora(self, Path(folder))
 
     def fold(self) -> None:
         """Write W + U S V^T into the weights, in place and in one pass; afterwards S = 0.
@@ -207,13 +294,43 @@ class SubZero(torch.optim.Optimizer):
 
     # inside a step
 
-    def _open_window(self, window: int) -> None:
-        if window == self.window:
+    def _weight_step(
+        self, closure: Any, objective: Any, positions: Any, rng: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(self._weights, Weights)
+        opts, eps = self.options, self.param_groups[0]["eps"]
+        evaluate = self._evaluator.bind(closure, objective, positions)
+        self._open_window()
+        with self._eval_mode(), self._weights.perturbed(eps, rng) as signs:
+            losses = evaluate(signs)
+            rho, finite = directional(losses, eps, opts.two_sided, opts.rule)
+            self._update(rho / opts.queries, finite, rng)
+        return losses.mean() if opts.two_sided else losses[0], finite
+
+    def _activation_step(
+        self, batch: Any, objective: Any, positions: Any, rng: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights = self._weights
+        assert isinstance(weights, ActivationWeights)
+        micros = self._queries.bind(batch, objective, positions)
+        self._open_window()
+        with self._eval_mode(), weights.forgetting():
+            weights.begin_step()
+            outcome = self._queries.evaluate(micros, objective, self.param_groups[0]["eps"], rng)
+            weights.end_evaluation(outcome.finite, self.window)
+            # form full writes the weights themselves, where adding nothing may change a bit
+            if weights.full is None or bool(outcome.finite):
+                row_weights = weights.space.set_rows(outcome.weight, outcome.ids)
+                self._update(row_weights, outcome.finite, rng)
+            weights.end_step()
+        return outcome.loss, outcome.finite
+
+    def _open_window(self) -> None:
+        window, rest = divmod(self.steps, self.options.refresh_every)
+        if rest or window == self.window:
             return
         self.fold()
-        if self.options.state_at_refresh == "reset":
-            self._rule_state["core"].clear()
-        self._weights.draw_bases(window)
+        self._weights.open_window(window, self._rule_state)
         self.window = window
 
     def _update(self, weight: Tensor, finite: Tensor, rng: Tensor) -> None:

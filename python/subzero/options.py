@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .credit import CREDITS, FORMS
 from .plan import RESHAPES
 from .rules import RULES
 
@@ -13,7 +14,10 @@ CHOICES = {
     "sides": ("auto", "one", "two"),
     "rule": tuple(RULES),
     "apply": ("forward", "in_place"),
-    "noise": ("weight",),
+    "noise": ("weight", "activation"),
+    "form": FORMS,
+    "credit": CREDITS,
+    "where": ("loss", "all"),
     "state_at_refresh": ("reset", "keep"),
     "fold_rounding": ("auto", "nearest", "stochastic"),
     "reshape": RESHAPES,
@@ -35,10 +39,18 @@ class Options:
     state_at_refresh: str
     fold_rounding: str
     reshape: str
+    form: str
+    credit: str
+    where: str
+    discount: float
+
+    @property
+    def activation(self) -> bool:
+        return self.noise == "activation"
 
     @property
     def two_sided(self) -> bool:
-        return self.sides != "one"
+        return self.sides == "two" or (self.sides == "auto" and not self.activation)
 
     @property
     def groups(self) -> int:
@@ -62,12 +74,48 @@ def check(**given: Any) -> Options:
             raise ValueError(
                 f"{name}: expected one of {', '.join(map(repr, choices))}, got {given[name]!r}"
             )
-    if given["rule"] == "norm" and given["queries"] < 4:
-        raise ValueError(
-            f"queries: expected at least 4 with rule='norm', which divides by the losses' std, "
-            f"got {given['queries']}; raise queries or take rule='sgd'"
-        )
+    discount = given["discount"]
+    if not isinstance(discount, (int, float)) or not 0 <= discount <= 1:
+        raise ValueError(f"discount: expected a number from 0 to 1, got {discount!r}")
+    if given["noise"] == "activation":
+        _check_activation(given)
+    else:
+        _check_weight(given)
     return Options(**given)
+
+
+def _check_weight(given: dict[str, Any]) -> None:
+    for name, default in (
+        ("form", "right"), ("credit", "block"), ("where", "loss"), ("discount", 0.0),
+    ):  # fmt: skip
+        if given[name] != default:
+            raise ValueError(
+                f"{name}: expected its default {default!r} with noise='weight', got "
+                f"{given[name]!r}; take noise='activation'"
+            )
+    if given["rule"] in ("norm", "muon") and given["queries"] < 4:
+        raise ValueError(
+            f"queries: expected at least 4 with rule={given['rule']!r}, which divides by the "
+            f"losses' std, got {given['queries']}; raise queries or take rule='sgd'"
+        )
+
+
+def _check_activation(given: dict[str, Any]) -> None:
+    if given["sides"] == "two":
+        raise ValueError(
+            "sides: expected 'auto' or 'one' with noise='activation', whose queries share one "
+            "clean evaluation, got 'two'; leave it out"
+        )
+    if given["apply"] == "in_place" and given["form"] != "full":
+        raise ValueError(
+            "apply: expected 'forward' with noise='activation', got 'in_place'; take form='full' "
+            "to write the weights in each step"
+        )
+    if given["reshape"] not in ("auto", "none"):
+        raise ValueError(
+            f"reshape: expected 'auto' or 'none' with noise='activation', got "
+            f"{given['reshape']!r}; a linear's noise has the shape of its own output"
+        )
 
 
 def check_group(group: dict[str, Any]) -> None:

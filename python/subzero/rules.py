@@ -6,7 +6,8 @@ factor becomes the one that changes nothing, so a skipped step leaves every bit 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +33,14 @@ def directional(losses: Tensor, eps: float, two_sided: bool, rule: str) -> tuple
     """rho per query (K,) fp32, zeros where the step is skipped, and ``finite`` (0-d bool).
 
     losses (G,): +0, -0, +1, -1, ... or baseline, 0, 1, .... rho_k = (l_k+ - l_k-) / (2 eps) or
-    (l_k - l_0) / eps; the norm rule divides by the (unbiased) std of the losses instead.
+    (l_k - l_0) / eps; rules norm and muon divide by the (unbiased) std of the losses instead.
     """
     finite = torch.isfinite(losses).all()
     if two_sided:
         difference, spread = losses[0::2] - losses[1::2], losses
     else:
         difference, spread = losses[1:] - losses[0], losses[1:]
-    if rule == "norm":
+    if rule in ("norm", "muon"):
         rho = difference / spread.std().clamp_min(1e-12)
     else:
         rho = difference / (2 * eps if two_sided else eps)
@@ -48,7 +49,7 @@ def directional(losses: Tensor, eps: float, two_sided: bool, rule: str) -> tuple
 
 def sgd(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor, h: Hyper) -> None:
     """value -= lr g, g = sum_k weight[k] mu z_k; weight = rho / K."""
-    space.add_noise_(space.value, -h.lr * weight, rng)
+    space.descend_(-h.lr * weight, rng)
 
 
 def momentum(
@@ -58,7 +59,7 @@ def momentum(
     buffer = _buffer(space, state, "momentum")
     buffer.mul_(torch.where(finite, h.momentum, 1.0))
     space.add_noise_(buffer, weight, rng)
-    space.value.sub_(buffer * torch.where(finite, h.lr, 0.0))
+    space.subtract_(buffer * torch.where(finite, h.lr, 0.0))
 
 
 def adam(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor, h: Hyper) -> None:
@@ -69,7 +70,7 @@ def adam(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor
     first, second = _buffer(space, state, "exp_avg"), _buffer(space, state, "exp_avg_sq")
     count = state.setdefault("updates", torch.zeros((), dtype=torch.float64, device=rng.device))
     count += finite
-    g = torch.zeros_like(space.value)
+    g = space.zeros()
     space.add_noise_(g, weight, rng, scaled=False)
     beta1, beta2 = h.betas
     first.lerp_(g, torch.where(finite, 1 - beta1, 0.0).to(g.dtype))
@@ -78,7 +79,59 @@ def adam(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor
     m_hat = first / (1 - beta1**done).to(g.dtype)
     v_hat = second / (1 - beta2**done).to(g.dtype)
     step = space.scale * m_hat / (v_hat.sqrt() + h.adam_eps)
-    space.value.sub_(step * torch.where(finite, h.lr, 0.0))
+    space.subtract_(step * torch.where(finite, h.lr, 0.0))
+
+
+def muon(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor, h: Hyper) -> None:
+    """M = momentum M + (1 - momentum) g; value -= lr 0.2 sqrt(max(m, n)) X, X near orthogonal.
+
+    X has M's singular vectors and singular values near 1, so that lr means a root-mean-square
+    change per weight, about five times as large. Vectors move by lr 0.2 M / rms(M). No Nesterov.
+    Source: K. Jordan et al., "Muon: an optimizer for hidden layers", 2024; the factor of Liu et
+    al., arXiv 2502.16982.
+    """
+    buffer = _buffer(space, state, "momentum")
+    buffer.mul_(torch.where(finite, h.momentum, 1.0))
+    space.add_noise_(buffer, (1 - h.momentum) * weight, rng)
+    lr = torch.where(finite, 0.2 * h.lr, 0.0)
+    views = space.views(buffer)
+    for members in _stacks(space.shapes):
+        if not space.width(members[0]):
+            parts = [
+                (i, views[i] / views[i].square().mean().sqrt().clamp_min(1e-30)) for i in members
+            ]
+            space.subtract_at_([(i, lr * part) for i, part in parts])
+            continue
+        x = orthogonalised(torch.stack([views[i] for i in members]))
+        space.subtract_at_(
+            [(i, lr * math.sqrt(space.width(i)) * part) for i, part in zip(members, x, strict=True)]
+        )
+    space.finish()
+
+
+def orthogonalised(m: Tensor) -> Tensor:
+    """Five Newton-Schulz steps on matrices (L, rows, columns), in their own precision.
+
+    X = M / (|M|_F + 1e-12), then A = X X^T, X = 3.4445 X + (-4.7750 A + 2.0315 A A) X
+    """
+    x = m / (torch.linalg.matrix_norm(m, keepdim=True) + 1e-12)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+    return x.mT if tall else x
+
+
+def _stacks(shapes: Sequence[tuple[int, ...]], most: int = 1 << 26) -> Iterator[list[int]]:
+    """Positions of equal shapes, so many together as hold ``most`` numbers."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(i)
+    for shape, members in alike.items():
+        size = max(1, most // math.prod(shape))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 RULES: dict[str, Callable[[Space, State, Tensor, Tensor, Tensor, Hyper], None]] = {
@@ -86,8 +139,11 @@ RULES: dict[str, Callable[[Space, State, Tensor, Tensor, Tensor, Hyper], None]] 
     "momentum": momentum,
     "adam": adam,
     "norm": sgd,
+    "muon": muon,
 }
 
 
 def _buffer(space: Space, state: State, name: str) -> Tensor:
-    return state.setdefault(name, torch.zeros_like(space.value))
+    if name not in state:
+        state[name] = space.zeros()
+    return state[name]

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from subzero_kernels import lowrank_embedding, lowrank_linear
 
+from .credit import Credit
 from .hooks import Hooks
 from .plan import Entry, is_norm, row_or_column_groups
 
@@ -32,7 +33,7 @@ class GroupsDiffer(RuntimeError):
 class LowRank:
     """W + U C_g V^T for one matrix: u (m', r), v (n', r), core (G, r, r) fp32."""
 
-    entry: Entry
+    entry: Entry | Credit
     u: Tensor
     v: Tensor
     core: Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,25 @@ class Space(ABC):
     scale: Tensor  # mu of each element: sqrt(m' n') / r in cores, 1 in dense parameters
 
     def __init__(
-        self, entries: Sequence[Entry], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-    ):
+        self, entries: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ) -> None:
         self.entries = list(entries)
         self.shapes = list(shapes)
-        device = self.entries[0].param.device
-        self.value = torch.zeros(sum(map(math.prod, shapes)), dtype=dtype, device=device)
+        self.dtype = dtype
+        self.value = self.allocate()
+
+    def allocate(self) -> Tensor:
+        """What is trained, zero at first."""
+        return self.zeros()
+
+    @property
+    def size(self) -> int:
+        """Numbers of a flat buffer."""
+        return sum(map(math.prod, self.shapes))
+
+    def zeros(self) -> Tensor:
+        """A flat buffer of this layout."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.entries[0].param.device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """One view of ``flat`` (..., total) per parameter, shaped (..., *shape)."""
@@ -44,6 +58,27 @@ class Space(ABC):
     @abstractmethod
     def add_noise_(self, flat: Tensor, coeff: Tensor, rng: Tensor, *, scaled: bool = True) -> None:
         """flat += sum_k coeff[k] z_(draw+k), times mu where ``scaled``; coeff (K,) fp32."""
+
+    @abstractmethod
+    def width(self, i: int) -> int:
+        """max(m, n) of parameter i's own matrix, 0 where it is no matrix."""
+
+    def descend_(self, coeff: Tensor, rng: Tensor) -> None:
+        """value += the noise itself, for rules without a state."""
+        self.add_noise_(self.value, coeff, rng)
+
+    def subtract_(self, flat: Tensor) -> None:
+        """value -= flat."""
+        self.value.sub_(flat)
+
+    def subtract_at_(self, changes: Sequence[tuple[int, Tensor]]) -> None:
+        """value -= change for some parameters; ``finish`` follows the last of a step."""
+        views = self.views(self.value)
+        for i, change in changes:
+            views[i].sub_(change)
+
+    def finish(self) -> None:  # noqa: B027 - most spaces have nothing to finish
+        """The step's changes are all made."""
 
 
 class CoreSpace(Space):
@@ -64,6 +99,11 @@ class CoreSpace(Space):
         base = self.views(flat)
         mu = self.mus if scaled else [1.0] * len(base)
         core_noise_([b[None] for b in base], base, coeff[None], rng, streams=self.streams, mu=mu)
+
+    def width(self, i: int) -> int:
+        """Of the weight as it is stored, or as it is factored where that has no two dimensions."""
+        shape = self.entries[i].param.shape
+        return max(shape if len(shape) == 2 else self.entries[i].factor)
 
     def evaluation(self, coeff: Tensor, rng: Tensor) -> list[Tensor]:
         """The cores C_g = S + mu sum_k coeff[g, k] Z_(draw+k): one (G, r, r) per matrix."""
@@ -95,6 +135,10 @@ class DenseSpace(Space):
 
     def add_noise_(self, flat: Tensor, coeff: Tensor, rng: Tensor, *, scaled: bool = True) -> None:
         perturb_dense_(self.views(flat), coeff, rng, streams=self.streams)
+
+    def width(self, i: int) -> int:
+        """A vector has none."""
+        return 0
 
     def evaluation(self, coeff: Tensor, rng: Tensor, query: Sequence[int | None]) -> list[Tensor]:
         """The values of every group, (G, n) per parameter; query[g] is the draw it takes."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import options
+from .spaces import Space
 
 if TYPE_CHECKING:
     from .optimizer import SubZero
@@ -25,8 +26,7 @@ def save(opt: SubZero) -> dict[str, Any]:
         for space, group in opt._rule_state.items()
         for name, value in group.items()
     }
-    if weights.masters:
-        tensors["dense.value"] = weights.masters.value.clone()
+    tensors |= {name: value.clone() for name, value in weights.tensors().items()}
     group = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
     return {
         "contract": CONTRACT,
@@ -78,34 +78,33 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
     spaces = dict(weights.spaces())
     for name, value in saved["tensors"].items():
         space, _, key = name.partition(".")
-        if space not in spaces or (key != "updates" and value.shape != spaces[space].value.shape):
+        rule = space in spaces and (key == "updates" or value.shape == (spaces[space].size,))
+        if not weights.expects(name, value) and not (rule and name != "dense.value"):
             raise ValueError(
                 f"state_dict: expected no tensor {name} of shape {tuple(value.shape)} here"
             )
     group = {k: v for k, v in saved["param_groups"][0].items() if k != "params"}
     options.check_group({k: group[k] for k in GROUP})
 
+    own = {n: v for n, v in saved["tensors"].items() if weights.expects(n, v)}
+    counters = saved["counters"]
     with torch.no_grad():
         opt.fold()
         opt._rule_state = {"core": {}, "dense": {}}
         for name, value in saved["tensors"].items():
             space, _, key = name.partition(".")
-            tensor = _like(value, spaces[space].value, key)
-            if name == "dense.value":
-                spaces[space].value.copy_(tensor)
-            else:
-                opt._rule_state[space][key] = tensor
-    counters = saved["counters"]
-    opt.steps, opt.draws, weights.folds = counters["steps"], counters["draws"], counters["folds"]
-    opt.window = counters["window"]
-    opt._skipped.fill_(counters["skipped"])
-    opt.param_groups[0].update(group)
-    weights.draw_bases(max(opt.window, 0))
+            if name not in own:
+                opt._rule_state[space][key] = _like(value, spaces[space], key)
+        opt.steps, opt.draws = counters["steps"], counters["draws"]
+        opt.window, weights.folds = counters["window"], counters["folds"]
+        opt._skipped.fill_(counters["skipped"])
+        opt.param_groups[0].update(group)
+        weights.resume(max(opt.window, 0), own)
 
 
-def _like(value: Tensor, reference: Tensor, key: str) -> Tensor:
-    dtype = torch.float64 if key == "updates" else reference.dtype
-    return value.detach().to(reference.device, dtype).clone()
+def _like(value: Tensor, space: Space, key: str) -> Tensor:
+    dtype = torch.float64 if key == "updates" else space.dtype
+    return value.detach().to(space.value.device, dtype).clone()
 
 
 def _parameters(opt: SubZero) -> list[list[Any]]:

@@ -28,31 +28,23 @@ from subzero_kernels import (
 )
 from subzero_kernels.rng import round_stochastic, words
 
-from .hooks import Hooks
 from .options import Options
 from .plan import COPY, DENSE_COPY, SIDE, Entry, Plan
 from .side_path import DenseValue, LowRank, SidePath
 from .spaces import CoreSpace, DenseSpace, Space
+from .trained import TrainedWeights
 
 
-class Weights:
-    """All trained parameters of one model between and during steps."""
+class Weights(TrainedWeights):
+    """All trained parameters of one model between and during steps, with noise in the weights."""
 
     def __init__(self, plan: Plan, options: Options) -> None:
-        self.plan = plan
-        self.options = options
-        self.folds = 0
+        super().__init__(plan, options)
         self.side = SidePath()
-        self.hooks = Hooks(self._before_copy)
-        device = plan.entries[0].param.device
-        double = any(e.param.dtype == torch.float64 for e in plan.entries)
-        dtype = torch.float64 if double else torch.float32
-        self.cores = CoreSpace(plan.factored, dtype) if plan.factored else None
-        self.masters = DenseSpace(plan.dense, dtype) if plan.dense else None
-        self.decay = torch.ones((), dtype=torch.float64, device=device)
+        self.cores = CoreSpace(plan.factored, self.dtype) if plan.factored else None
+        self.masters = DenseSpace(plan.dense, self.dtype) if plan.dense else None
         self._bases: list[tuple[Tensor, Tensor]] = []
         self._copies: dict[int, Tensor] = {}
-        self._owned: dict[nn.Module, dict[str, Any]] = {}
         self._changed = False
         self._rng = torch.zeros(2, dtype=torch.int64)
         self._coeff = torch.zeros(1, 1)
@@ -71,11 +63,7 @@ class Weights:
 
     def attach(self, model: nn.Module) -> None:
         """Track, hook and draw the bases of the first window."""
-        trained = {id(e.param) for e in self.plan.entries}
-        for module in model.modules():
-            owned = {a: p for a, p in module._parameters.items() if id(p) in trained}
-            if owned:
-                self._owned[module] = owned
+        self._own(model)
         for e in self.plan.dense:
             if e.way != DENSE_COPY:
                 empty = e.param.new_empty(0)
@@ -93,6 +81,27 @@ class Weights:
         self.side.leave_all()
         self.hooks.remove()
         self._copies.clear()
+
+    def open_window(self, window: int, state: dict[str, dict[str, Tensor]]) -> None:
+        """Bases of the window; the cores' rule state is kept or reset."""
+        if self.options.state_at_refresh == "reset":
+            state["core"].clear()
+        self.draw_bases(window)
+
+    def resume(self, window: int, tensors: dict[str, Tensor]) -> None:
+        """The masters as saved, and the window's bases."""
+        if self.masters and "dense.value" in tensors:
+            self.masters.value.copy_(tensors["dense.value"])
+        self.draw_bases(window)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The masters of dense parameters: bases follow from seed and window."""
+        return {"dense.value": self.masters.value} if self.masters else {}
+
+    def expects(self, name: str, value: Tensor) -> bool:
+        """Whether these are masters of as many numbers."""
+        held = self.tensors().get(name)
+        return held is not None and held.shape == value.shape
 
     def draw_bases(self, window: int) -> None:
         """U and V of every matrix: QR of the contract's normals, draw = index of the window."""
@@ -264,31 +273,12 @@ class Weights:
         for e, w, (u, v), core in zip(self.plan.factored, targets, self._bases, cores, strict=True):
             fold_(w, u, v, core, decay=decay, **self._rounding(e, rng, perturbing=False))
 
-    def _rounding(self, e: Entry, rng: Tensor, perturbing: bool) -> dict[str, Any]:
-        """Stochastic for 16-bit unless asked otherwise: nearest would lose small changes."""
-        choice = self.options.fold_rounding
-        if choice == "auto" or perturbing:
-            choice = "nearest" if e.param.dtype.itemsize >= 4 else "stochastic"
-        if choice == "nearest":
-            return dict(rounding=choice)
-        return dict(rounding=choice, rng=rng, stream=stream_id(PURPOSE_ROUNDING, e.index))
-
     def reread(self, module: nn.Module) -> None:
         """The module's own parameters were loaded from outside (after a fold): start from them."""
-        for attribute, parameter in self._owned.get(module, {}).items():
-            if getattr(module, attribute) is not parameter:
-                raise RuntimeError(
-                    f"load_state_dict: expected to load into the trained parameter {attribute} of "
-                    f"{type(module).__name__}, got a new one; load without assign=True"
-                )
-            for e in self.plan.entries:
-                if e.param is parameter and e.way == COPY:
-                    self._copies[e.index].copy_(parameter.detach())
-        if self.masters and self._owned.get(module):
-            self.masters.read_parameters(set(map(id, self._owned[module].values())))
-
-    def _before_copy(self, memo: dict[int, Any]) -> None:
-        self.fold()
+        super().reread(module)
+        own = set(map(id, self._owned.get(module, {}).values()))
         for e in self.plan.entries:
-            if id(e.param) in memo:
-                memo[id(e.param)].data.copy_(e.param.data)
+            if id(e.param) in own and e.way == COPY:
+                self._copies[e.index].copy_(e.param.detach())
+        if self.masters and own:
+            self.masters.read_parameters(own)

@@ -1,0 +1,262 @@
+"""The weights that activation noise trains, between and during steps.
+
+    core   W + U S V^T     right   W + B V^T     full   W written in place
+
+V is the top right-singular vectors of the rows a linear sees: of the first step's, or what
+``bases_from`` saw; a new window takes those of the last rows seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subzero_kernels import PURPOSE_BASIS_U, fold_, make_rng, orthonormal_basis, stream_id
+
+from .activation import ActivationPath, Tap
+from .alignment import aligned_bases
+from .credit import Credit, CreditPlan
+from .forms import CreditSpace, FullSpace
+from .options import Options
+from .side_path import LowRank
+from .spaces import Space
+from .trained import TrainedWeights
+
+
+class ActivationWeights(TrainedWeights):
+    """State, bases and taps of every credited weight."""
+
+    def __init__(self, plan: CreditPlan, options: Options) -> None:
+        super().__init__(plan, options)
+        self.plan: CreditPlan = plan
+        self.side = ActivationPath(self.device)
+        self.taps = [Tap(credit, self.dtype) for credit in plan.entries]
+        self.full = FullSpace(self.taps, self.dtype, self) if plan.form == "full" else None
+        self.space: CreditSpace = self.full or CreditSpace(self.taps, self.dtype)
+        self.seen: list[Tensor] = []  # the last rows x / |x| of each linear, at most 4 r
+        self._changed = False
+
+    def spaces(self) -> Iterator[tuple[str, Space]]:
+        """One: S, B or W of every credited weight."""
+        yield "core", self.space
+
+    @property
+    def aligned(self) -> bool:
+        """Whether V is known; form full needs none."""
+        return self.full is not None or self.taps[0].basis is not None
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook the credited linears; V comes with the first rows."""
+        self._own(model)
+        for tap in self.taps:
+            self.side.taps[id(tap.credit.param)] = tap
+        self.side.attach(model, self.hooks)
+        self._draw_carriers(0)
+
+    def detach(self) -> None:
+        self.side.leave_all()
+        self.hooks.remove()
+
+    # bases
+
+    def _draw_carriers(self, window: int) -> None:
+        """U of form core: the contract's basis of the weight whose output carries the noise."""
+        if self.plan.form != "core":
+            return
+        drawn: dict[int, Tensor] = {}
+        for tap in self.taps:
+            c = tap.credit
+            if c.source not in drawn:
+                drawn[c.source] = orthonormal_basis(
+                    c.m, c.rank, seed=self.options.seed, window=window,
+                    stream=stream_id(PURPOSE_BASIS_U, c.source),
+                    dtype=c.param.dtype, device=self.device,
+                )  # fmt: skip
+            tap.carrier = drawn[c.source]
+
+    def align(self, rows: list[Tensor], window: int) -> None:
+        """V of every linear from rows x / |x|, and the side path at S = 0 or B = 0."""
+        if self.full is not None:
+            return
+        ranks = {tap.credit.rank for tap in self.taps}
+        indices = [tap.credit.index for tap in self.taps]
+        bases = aligned_bases(rows, indices, ranks.pop(), self.options.seed, window)
+        self._set_bases(
+            [b.to(tap.credit.param.dtype) for b, tap in zip(bases, self.taps, strict=True)]
+        )
+
+    def _set_bases(self, bases: list[Tensor]) -> None:
+        for tap, basis in zip(self.taps, bases, strict=True):
+            tap.basis = basis.contiguous()
+        self.show()
+
+    def show(self) -> None:
+        """The side path evaluates what the state holds now."""
+        if self.full is not None or not self.aligned:
+            return
+        for tap, state in zip(self.taps, self.space.views(self.space.value), strict=True):
+            u, v, core = self._factors(tap, state)
+            self.side.matrices[id(tap.credit.param)] = LowRank(
+                tap.credit,
+                u,
+                v,
+                core[None],  # type: ignore[arg-type]
+            )
+
+    def _factors(self, tap: Tap, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(u, v, core) of the change U S V^T or B V^T in the orientation the weight is stored."""
+        assert tap.basis is not None
+        if tap.carrier is not None:
+            u, core = tap.carrier, state
+        else:
+            u, core = state, torch.eye(tap.credit.rank, dtype=state.dtype, device=state.device)
+        if tap.credit.transposed:
+            return tap.basis, u, core.T.contiguous()
+        return u, tap.basis, core
+
+    # one step
+
+    def begin_step(self) -> None:
+        for tap in self.taps:
+            tap.begin_step()
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Around a step: whatever happens in it, no rows are left behind."""
+        try:
+            yield
+        finally:
+            self.side.leave_all()
+            for tap in self.taps:
+                tap.begin_step()
+
+    def end_evaluation(self, finite: Tensor, window: int) -> None:
+        """Rows are complete: the first step's give V, the last ones are remembered."""
+        if not self.aligned:
+            self.align_kept(window)
+            for tap in self.taps:
+                assert tap.basis is not None
+                tap.kept = [rows @ tap.basis.to(rows.dtype) for rows in tap.kept]
+        self.remember(finite)
+
+    def align_kept(self, window: int) -> None:
+        """V from the rows kept since the step began, as they are: not projected."""
+        for tap in self.taps:
+            tap.basis = None
+        self.align([_joined(tap.kept, tap) for tap in self.taps], window)
+
+    def remember(self, finite: Tensor) -> None:
+        """Keep the last 4 r rows of each linear for the next window; a skipped step's are not."""
+        if self.full is not None:
+            return
+        before = self.seen or [_joined([], tap) for tap in self.taps]
+        self.seen = []
+        for tap, old in zip(self.taps, before, strict=True):
+            new = torch.cat([old, *tap.recent])[-tap.remember :]
+            if len(new) == len(old):
+                new = torch.where(finite, new, old)
+            self.seen.append(new)
+            tap.recent = []
+
+    def end_step(self) -> None:
+        """The update is made."""
+        self._changed = True
+        if self.plan.form == "core":  # a transposed core is a copy
+            self.show()
+
+    def decay_(self, factor: Tensor) -> None:
+        """Decoupled weight decay: on the state now, on W's own part at the fold."""
+        if self.full is not None:
+            self.full.decay = float(factor)
+            return
+        self.space.value.mul_(factor)
+        self.decay.mul_(factor)
+
+    # windows and folds
+
+    def open_window(self, window: int, state: dict[str, dict[str, Tensor]]) -> None:
+        """New V from the last rows seen; in form right a kept momentum follows: M V_old^T V_new."""
+        if self.options.state_at_refresh == "reset":
+            state["core"].clear()
+        self._draw_carriers(window)
+        if self.full is not None or not self.seen:
+            return
+        old = [tap.basis for tap in self.taps]
+        self.align(self.seen, window)
+        if self.plan.form == "right" and "momentum" in state["core"]:
+            momenta = self.space.views(state["core"]["momentum"])
+            for tap, before, m in zip(self.taps, old, momenta, strict=True):
+                assert before is not None and tap.basis is not None
+                m.copy_(m @ (before.to(m.dtype).T @ tap.basis.to(m.dtype)))
+
+    def fold(self) -> None:
+        """W = decay W + U S V^T or decay W + B V^T, then S or B = 0."""
+        if not self._changed:
+            return
+        self._changed = False
+        if self.full is not None or not self.aligned:
+            return
+        with torch.no_grad():
+            decay = float(self.decay)
+            rng = make_rng(self.options.seed, self.folds, device=self.device)
+            for tap, state in zip(self.taps, self.space.views(self.space.value), strict=True):
+                u, v, core = self._factors(tap, state)
+                credit = tap.credit
+                fold_(credit.param.data, u, v, core, decay=decay, **self._rounding(credit, rng))
+            self.folds += 1
+            self.space.value.zero_()
+            self.decay.fill_(1.0)
+            self.show()
+
+    # saving
+
+    def tensors(self) -> dict[str, Tensor]:
+        """V and the rows for the next one; U follows from seed and window."""
+        saved = {}
+        for i, tap in enumerate(self.taps):
+            if tap.basis is not None:
+                saved[f"basis.{i}"] = tap.basis
+            if self.seen:
+                saved[f"seen.{i}"] = self.seen[i]
+        return saved
+
+    def expects(self, name: str, value: Tensor) -> bool:
+        """Whether it is a basis, or rows, of one of the credited linears."""
+        kind, _, number = name.partition(".")
+        if kind not in ("basis", "seen") or not number.isdigit() or int(number) >= len(self.taps):
+            return False
+        credit: Credit = self.taps[int(number)].credit
+        if kind == "basis":
+            return tuple(value.shape) == (credit.n, credit.rank)
+        return value.dim() == 2 and value.shape[1] == credit.n
+
+    def resume(self, window: int, tensors: dict[str, Tensor]) -> None:
+        """Bases and rows as saved; none where no step had come."""
+        self._draw_carriers(window)
+        self.seen = [
+            tensors[f"seen.{i}"].to(self.device, self.dtype)
+            for i in range(len(self.taps))
+            if f"seen.{i}" in tensors
+        ]
+        if "basis.0" in tensors:
+            self._set_bases(
+                [
+                    tensors[f"basis.{i}"].to(self.device, tap.credit.param.dtype)
+                    for i, tap in enumerate(self.taps)
+                ]
+            )
+        else:
+            self.side.matrices.clear()
+            for tap in self.taps:
+                tap.basis = None
+
+
+def _joined(rows: list[Tensor], tap: Tap) -> Tensor:
+    if rows:
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    p: Any = tap.credit.param
+    return torch.zeros(0, tap.credit.n, dtype=tap.wide, device=p.device)

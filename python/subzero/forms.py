@@ -1,0 +1,158 @@
+"""What activation noise trains, and where its numbers live: forms core, right and full.
+
+    core    W + U S V^T     S (r, r) += sqrt(m / r) sum w z (V^T x / |x|)^T
+    right   W + B V^T       B (m, r) += sum w z (V^T x / |x|)^T
+    full    W itself        W (m, n) += sum w z (x / |x|)^T, written in place each step
+
+A space adds the contract's noise, regenerated from (seed, stream, draw), to buffers of its own
+layout, weighed row by row; rules (rules.py) need nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subzero_kernels import PURPOSE_ROUNDING, fold_, make_rng, noise_outer_, stream_id
+from subzero_kernels.rng import round_stochastic, words
+
+from .activation import Tap
+from .credit import Credit
+from .spaces import Space
+
+RowWeights = dict[str, Tensor]
+
+
+class CreditSpace(Space):
+    """S or B of every credited weight, in one flat buffer.
+
+    The weights of a step's rows come as one tensor (K, rows of all axes), as ``set_rows`` lays
+    them out.
+    """
+
+    def __init__(self, taps: Sequence[Tap], dtype: torch.dtype) -> None:
+        self.taps = list(taps)
+        credits = [tap.credit for tap in self.taps]
+        super().__init__(credits, [c.shape for c in credits], dtype)
+        self.scale = self.value.new_ones(())
+        if self.value.numel():
+            sizes = torch.tensor([math.prod(c.shape) for c in credits], device=self.value.device)
+            units = self.value.new_tensor([_change_per_weight(c) for c in credits])
+            self.scale = units.repeat_interleave(sizes)
+        self._rows: dict[str, tuple[slice, Tensor]] = {}
+
+    def set_rows(self, weight: RowWeights, ids: RowWeights) -> Tensor:
+        """Lay out a step's rows: (K, rows), what rules then multiply."""
+        start = 0
+        for axis, some in ids.items():
+            self._rows[axis] = slice(start, start + len(some)), some
+            start += len(some)
+        return torch.cat(list(weight.values()), 1).to(self.value.dtype)
+
+    def rows_of(self, tap: Tap, coeff: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(weight (K, R), a (R, r or n), ids (R,)) of a tap's rows, or None where it met none."""
+        if tap.credit.axis not in self._rows or not tap.kept:
+            return None
+        part, ids = self._rows[tap.credit.axis]
+        kept = tap.kept[0] if len(tap.kept) == 1 else torch.cat(tap.kept)
+        return coeff[:, part], kept.to(self.value.dtype), ids
+
+    def add_noise_(self, flat: Tensor, coeff: Tensor, rng: Tensor, *, scaled: bool = True) -> None:
+        """flat += sum_k sum_i coeff[k, i] z_(draw+k)[i] a[i]^T; coeff (K, rows)."""
+        for tap, out in zip(self.taps, self.views(flat), strict=True):
+            rows = self.rows_of(tap, coeff)
+            if rows is None:
+                continue
+            weight, kept, ids = rows
+            credit = tap.credit
+            if scaled and credit.form == "core":
+                weight = weight * math.sqrt(credit.m / credit.rank)
+            weight = weight.contiguous()
+            noise_outer_(out, weight, kept, ids, rng, stream=tap.stream, beta=1.0)
+
+    def width(self, i: int) -> int:
+        """max(m, n) of the weight, whatever is kept of it."""
+        return max(self.taps[i].credit.m, self.taps[i].credit.n)
+
+
+class FullSpace(CreditSpace):
+    """The weights themselves: rules without a state write noise straight into them.
+
+    ``decay`` is what the next write multiplies a weight by.
+    """
+
+    def __init__(self, taps: Sequence[Tap], dtype: torch.dtype, weights: Any) -> None:
+        self.weights = weights
+        super().__init__(taps, dtype)
+        self.decay = 1.0
+
+    def allocate(self) -> Tensor:
+        """No second copy of the weights: ``value`` stays empty."""
+        return torch.zeros(0, dtype=self.dtype, device=self.entries[0].param.device)
+
+    def descend_(self, coeff: Tensor, rng: Tensor) -> None:
+        """W = decay W + sum_k sum_i coeff[k, i] z_(draw+k)[i] (x_i / |x_i|)^T."""
+        for tap in self.taps:
+            rows = self.rows_of(tap, coeff)
+            if rows is None:
+                continue
+            weight, units, ids = rows
+            credit, count = tap.credit, len(ids)
+            weight = weight.contiguous()
+            if count > min(credit.m, credit.n):
+                change = units.new_empty(credit.m, credit.n)
+                noise_outer_(change, weight, units, ids, rng, stream=tap.stream)
+                self.write(credit, change)
+                continue
+            noise = units.new_empty(credit.m, count)
+            eye = torch.eye(count, dtype=units.dtype, device=units.device)
+            noise_outer_(noise, weight, eye, ids, rng, stream=tap.stream)
+            u, v = noise, units.T.contiguous()
+            if credit.transposed:
+                u, v = v, u
+            rounding = self.weights._rounding(credit, self._fold_rng())
+            fold_(credit.param.data, u, v, eye, decay=self.decay, **rounding)
+        self._written()
+
+    def subtract_(self, flat: Tensor) -> None:
+        """W = decay W - flat."""
+        for tap, change in zip(self.taps, self.views(flat), strict=True):
+            self.write(tap.credit, -change)
+        self._written()
+
+    def subtract_at_(self, changes: Sequence[tuple[int, Tensor]]) -> None:
+        """W_i = decay W_i - change, for some weights; ``finish`` ends the step's writes."""
+        for i, change in changes:
+            self.write(self.taps[i].credit, -change)
+
+    def finish(self) -> None:
+        self._written()
+
+    def write(self, credit: Credit, change: Tensor) -> None:
+        """W = decay W + change (m, n), rounded once."""
+        w = credit.param.data
+        value = self.decay * w.to(change.dtype) + (change.T if credit.transposed else change)
+        how = self.weights._rounding(credit, self._fold_rng())
+        if how["rounding"] == "stochastic" and w.dtype.itemsize < 4:
+            word = words(how["rng"], stream_id(PURPOSE_ROUNDING, credit.index), w.numel())
+            value = round_stochastic(value, word.view(w.shape), w.dtype)
+        w.copy_(value)
+
+    def _fold_rng(self) -> Tensor:
+        weights = self.weights
+        return make_rng(weights.options.seed, weights.folds, device=weights.device)
+
+    def _written(self) -> None:
+        self.weights.folds += 1
+        self.decay = 1.0
+
+
+def _change_per_weight(credit: Credit) -> float:
+    """The factor that makes a state's entry of 1 a root-mean-square change of 1 per weight."""
+    if credit.form == "core":
+        return math.sqrt(credit.m * credit.n) / credit.rank
+    return math.sqrt(credit.n / credit.rank)

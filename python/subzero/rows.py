@@ -1,0 +1,216 @@
+"""Rows of activations: which example and token each is, which carry noise, which are scored.
+
+A row of the RNG contract is example * 2**20 + position. The position counts the real tokens of the
+sequence in front of it, so padding on either side and packing change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POSITION_BITS = 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every row of one micro-batch along one token axis; all tensors (batch rows, tokens).
+
+    Attributes:
+        example: int64, the sequence's number in the step; micro-batches count on.
+        position: int64, real tokens of the sequence in front of the row.
+        real: bool, False on padding.
+        sequences: how many examples there are.
+    """
+
+    example: Tensor
+    position: Tensor
+    real: Tensor
+    sequences: int
+
+    @property
+    def ids(self) -> Tensor:
+        """Rows of the RNG contract."""
+        return self.example << POSITION_BITS | self.position
+
+
+def make_grid(
+    rows: int,
+    tokens: int,
+    device: torch.device,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    first: int = 0,
+) -> Grid:
+    """The grid of a batch of ``rows`` by ``tokens``.
+
+    Args:
+        mask: (rows, tokens), zero on padding; None: everything is real.
+        position_ids: (rows, tokens). Where they start again inside a row, sequences were packed,
+            and each counts as an example of its own.
+        first: number of the first example.
+    """
+    real = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    if mask is not None and mask.shape == real.shape:
+        real = mask.bool().to(device)
+    begins = torch.zeros_like(real)
+    begins[:, 0] = True
+    if position_ids is not None and position_ids.shape == real.shape:
+        both = real[:, 1:] & real[:, :-1]
+        begins[:, 1:] = both & (position_ids[:, 1:] <= position_ids[:, :-1]).to(device)
+    example = begins.flatten().cumsum(0).view(rows, tokens) - 1
+    before = real.long().cumsum(1) - real.long()
+    at_begin = torch.where(begins, before, torch.full_like(before, -1)).cummax(1).values
+    position = before - at_begin
+    sequences = rows + int(begins[:, 1:].sum())
+    return Grid(example + first, position, real, sequences)
+
+
+def main_grid(batch: Any, examples: int, first: int) -> Grid | None:
+    """The grid of the tokens that logits belong to; None where the batch names no token axis."""
+    if not isinstance(batch, Mapping):
+        return None
+    names = [("input_ids", "attention_mask"), ("inputs_embeds", "attention_mask")]
+    if "decoder_input_ids" in batch:
+        names = [("decoder_input_ids", "decoder_attention_mask")]
+    for name, mask in names:
+        tokens = batch.get(name)
+        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
+            positions = batch.get("position_ids") if mask == "attention_mask" else None
+            return make_grid(
+                examples, tokens.shape[1], tokens.device, batch.get(mask), positions, first
+            )
+    return None
+
+
+def encoder_grid(batch: Any, examples: int, first: int) -> Grid | None:
+    """The grid of an encoder-decoder's source tokens."""
+    if not isinstance(batch, Mapping) or "decoder_input_ids" not in batch:
+        return None
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor):
+        return None
+    return make_grid(
+        examples, tokens.shape[1], tokens.device, batch.get("attention_mask"), None, first
+    )
+
+
+def token_labels(batch: Any) -> Tensor | None:
+    """``labels`` where there is one for each token that logits belong to, else None."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        return None
+    tokens = batch.get("decoder_input_ids", batch.get("input_ids", batch.get("inputs_embeds")))
+    labels = batch["labels"]
+    same = isinstance(tokens, Tensor) and labels.dim() == 2 and labels.shape == tokens.shape[:2]
+    return labels if same else None
+
+
+def labelled_positions(batch: Any) -> Tensor | None:
+    """Positions before labels other than -100, bool (examples, tokens).
+
+    A decoder's input is its labels shifted by one already: there the position of a label itself.
+    """
+    labels = token_labels(batch)
+    if labels is None:
+        return None
+    if "decoder_input_ids" in batch:
+        return labels != -100
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != -100
+    return mask
+
+
+def check_positions(positions: Any, examples: int, tokens: int | None) -> Tensor:
+    """A mask the user gave, as bool (examples, tokens), or one error."""
+    if not isinstance(positions, Tensor):
+        raise TypeError(
+            f"positions: expected a mask tensor (examples, tokens), got "
+            f"{type(positions).__name__}; pass for example labels != -100"
+        )
+    wanted = (examples, positions.shape[-1] if tokens is None else tokens)
+    if positions.dim() != 2 or tuple(positions.shape) != wanted:
+        raise ValueError(
+            f"positions: expected a mask of shape {wanted}, got {tuple(positions.shape)}; "
+            "give one entry for each token of the batch"
+        )
+    return positions.bool()
+
+
+def scored_positions(
+    batch: Any,
+    examples: int,
+    grid: Grid | None,
+    positions: Tensor | Callable[[Any], Tensor] | None,
+) -> Tensor | None:
+    """The mask (examples, tokens) the loss reads: as given, else from labels; None: not known.
+
+    Padding is never scored.
+    """
+    given = positions(batch) if callable(positions) else positions
+    if given is None:
+        mask = labelled_positions(batch)
+    else:
+        mask = check_positions(given, examples, None if grid is None else grid.real.shape[1])
+    if mask is None:
+        return None
+    if grid is not None:
+        mask = mask.to(grid.real.device) & grid.real
+    if not bool(mask.any()):
+        raise ValueError(
+            "positions: expected at least one real token that the loss reads, got none; "
+            "mark one in the mask, or label one"
+        )
+    return mask
+
+
+def last_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """The last real token of each example, bool (examples, tokens)."""
+    ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
+    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+    real = torch.ones_like(ids) if mask is None else mask
+    order = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    last = (real * order).argmax(1, keepdim=True)
+    return torch.zeros_like(ids, dtype=torch.bool).scatter_(1, last, True)
+
+
+def next_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """Real tokens whose successor is a real token of the same sequence, bool (examples, tokens)."""
+    ids = batch["input_ids"]
+    grid = make_grid(*ids.shape, ids.device, batch.get("attention_mask"), batch.get("position_ids"))
+    mask = torch.zeros_like(grid.real)
+    mask[:, :-1] = (
+        grid.real[:, :-1] & grid.real[:, 1:] & (grid.example[:, :-1] == grid.example[:, 1:])
+    )
+    return mask
+
+
+def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The true entries of each row, in order and from the left.
+
+    Returns:
+        index (rows, P) int64 and valid (rows, P) bool, P the largest count of a row; entries that
+        are not valid point at the row's first one (at 0 in a row without any).
+    """
+    count = mask.sum(1)
+    width = int(count.max())
+    index = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :width]
+    valid = torch.arange(width, device=mask.device) < count[:, None]
+    return torch.where(valid, index, index[:, :1] * (count[:, None] > 0)), valid
+
+
+def span(mask: Tensor) -> tuple[Tensor, int]:
+    """First true entry of each row (rows,), and the largest distance to a row's last, plus one."""
+    tokens = mask.shape[1]
+    order = torch.arange(tokens, device=mask.device)
+    first = torch.where(mask, order, tokens - 1).min(1).values
+    last = torch.where(mask, order, -1).max(1).values
+    return first, max(1, int((last - first).max()) + 1)
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """tensor (rows, tokens, ...) at index (rows, P): (rows, P, ...)."""
+    return tensor[torch.arange(len(index), device=index.device)[:, None], index]

@@ -123,12 +123,16 @@ def check_rows(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_index(name: str, tensor: Tensor, shape: tuple[str, int], remedy: str) -> None:
-    """int64 of one dimension, contiguous; ``shape`` is the length's name and the length."""
+def check_index(name: str, tensor: Tensor, count: int, one: str) -> None:
+    """int64 (count,), contiguous: one for each ``one`` of them."""
     check_dtype(name, tensor, [torch.int64])
-    symbol, length = shape
-    if tensor.dim() != 1 or tensor.shape[0] != length:
-        raise fail(name, f"({symbol},) = ({length},)", tuple(tensor.shape), remedy)
+    if tensor.dim() != 1 or tensor.shape[0] != count:
+        raise fail(
+            name,
+            f"({count},), one per {one}",
+            tuple(tensor.shape),
+            f"pass one number for each {one}",
+        )
     check_contiguous(name, tensor)
 
 

@@ -267,8 +267,8 @@ def check_add_noise_(
             "pass one number for each row of each group",
         )
     check_contiguous("scale", scale)
-    check_index("query", query, ("G", groups), "pass the query of each group")
-    check_index("rows", rows, ("N", count), "pass the row of the noise for each row of y")
+    check_index("query", query, groups, "group of y")
+    check_index("rows", rows, count, "row of y")
     check_rng(rng)
     check_device(written + read)
     check_no_grad(written + read)
@@ -312,7 +312,7 @@ def check_noise_outer_(
             "pass one row for each column of weight",
         )
     check_rows("a", a)
-    check_index("rows", rows, ("N", count), "pass the row of the noise for each row of a")
+    check_index("rows", rows, count, "row of a")
     if not math.isfinite(beta):
         raise fail("beta", "a finite number", beta, "pass 0.0 to overwrite out")
     check_rng(rng)

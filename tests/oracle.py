@@ -69,6 +69,16 @@ def noise(seed: int, draw: int, stream: int, shape: tuple[int, ...]) -> torch.Te
     return torch.from_numpy(normals(seed, draw, stream, np.arange(numel))).reshape(shape)
 
 
+def row_noise(seed: int, draw: int, stream: int, rows: list[int], columns: int) -> torch.Tensor:
+    """Rows of a matrix of normals that is ``columns`` wide, float64; any row below 2**64 / columns.
+
+    The elements of a row are counted in Python's own integers.
+    """
+    elements = [row * columns + column for row in rows for column in range(columns)]
+    values = normals(seed, draw, stream, np.array(elements, dtype=np.uint64))
+    return torch.from_numpy(values).reshape(len(rows), columns)
+
+
 def core(
     seed: int, draw: int, stream: int, rank: int, coeff: list[float], mu: float
 ) -> torch.Tensor:

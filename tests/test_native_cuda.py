@@ -1,4 +1,4 @@
-"""The CUDA kernels give the bits of the CPU module, which test_native_rng.py measures."""
+"""The CUDA kernels give the bits of the CPU module, which other tests hold to the contract."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def _needs_kernels() -> None:
         pytest.skip(why)
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
 def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
     width = torch.int32 if expected.dtype == torch.float32 else torch.int16
     return torch.equal(got.cpu().contiguous().view(width), expected.contiguous().view(width))
@@ -39,7 +42,7 @@ def test_words():
     assert cuda.philox4x32(counter[:0].cuda(), key.cuda()).shape == (0, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (7,), (129, 1151), (1 << 22,), (3, 5, 7)], ids=str)
 def test_normals(dtype, shape):
     out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")

@@ -9,194 +9,10 @@ import re
 
 import pytest
 import torch
+from error_cases import BF16, CASES, F32, F64, G, M, N, R, good
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import subzero_kernels as sk
-
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-
-M, N, R, G = 12, 20, 4, 2
-
-
-def matrix(rows: int, columns: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(rows, columns).to(dtype)
-
-
-def good(op: str) -> dict:
-    """Valid arguments of an op, by name; each case spoils one of them."""
-    w, u, v = matrix(M, N), matrix(M, R), matrix(N, R)
-    coeff, rng = torch.tensor([0.1, 0.2]), sk.make_rng(1, 2)
-    cores = torch.randn(G, R, R)
-    lists = dict(ws=[w, matrix(N, M)], us=[u, v.clone()], vs=[v, u.clone()])
-    return {
-        "philox4x32": dict(
-            counter=torch.zeros(3, 4, dtype=torch.int64), key=torch.zeros(2, dtype=torch.int64)
-        ),
-        "normal_": dict(out=w, rng=rng, stream=3),
-        "perturb_": dict(w=w, u=u, v=v, coeff=coeff, rng=rng, stream=3),
-        "perturb_many_": dict(**lists, coeff=coeff, rng=rng, streams=[3, 4]),
-        "perturb_plan": dict(**lists, streams=[3, 4]),
-        "perturb_dense_": dict(ws=lists["ws"], coeff=coeff, rng=rng, streams=[3, 4]),
-        "core_noise_": dict(
-            out=[torch.randn(G, R, R), torch.randn(G, 3, 3)],
-            base=[torch.randn(R, R), torch.randn(3, 3)],
-            coeff=torch.randn(G, 2),
-            rng=rng,
-            streams=[3, 4],
-            mu=[1.0, 2.0],
-        ),
-        "fold_": dict(w=w, u=u, v=v, core=cores[0].clone()),
-        "add_noise_": dict(
-            y=torch.randn(G, M, N),
-            scale=torch.randn(G, M),
-            query=torch.arange(G),
-            rows=torch.arange(M),
-            rng=rng,
-            stream=3,
-        ),
-        "noise_outer_": dict(
-            out=w, weight=torch.randn(2, 5), a=matrix(5, N), rows=torch.arange(5), rng=rng, stream=3
-        ),
-        "lowrank_linear": dict(
-            x=torch.randn(2 * G, 3, N), w=w, bias=torch.randn(M), u=u, v=v, core=cores
-        ),
-        "lowrank_embedding": dict(ids=torch.randint(0, M, (2 * G,)), w=w, u=u, v=v, core=cores),
-    }[op]
-
-
-def first(items: list, replacement: torch.Tensor) -> list:
-    return [replacement, *items[1:]]
-
-
-# op, what is spoiled, the error, and how its message starts
-CASES = [
-    ("philox4x32", dict(counter=torch.zeros(3, 3, dtype=torch.int64)), ValueError,
-     "counter: expected (N, 4), got (3, 3); "),
-    ("philox4x32", dict(counter=torch.zeros(3, 4)), TypeError,
-     "counter: expected int64, got float32; convert it with .to(torch.int64)"),
-    ("philox4x32", dict(key=torch.zeros(3, dtype=torch.int64)), ValueError,
-     "key: expected (2,), got (3,); "),
-    ("normal_", dict(out=torch.zeros(3, dtype=torch.int32)), TypeError,
-     "out: expected float32 or bfloat16 or float16 or float64, got int32; "),
-    ("normal_", dict(out=torch.zeros(6)[::2]), ValueError,
-     "out: expected a contiguous tensor or a matrix with contiguous rows, "
-     "got shape (3,) with strides (2,); "),
-    ("normal_", dict(stream=2**32), ValueError,
-     "stream: expected 0 <= stream < 2**32, got 4294967296; build it with stream_id"),
-    ("normal_", dict(rng=torch.zeros(3, dtype=torch.int64)), ValueError,
-     "rng: expected (2,) holding [seed, draw], got (3,); build it with make_rng(seed, draw)"),
-    ("perturb_", dict(u=matrix(M, 2)), ValueError,
-     "u: expected (12, 4) for w (12, 20) at rank 4, got (12, 2); "
-     "build it with orthonormal_basis(12, 4, ...)"),
-    ("perturb_", dict(u=matrix(13, R)), ValueError,
-     "u: expected (12, 4) for w (12, 20) at rank 4, got (13, 4); "),
-    ("perturb_", dict(v=matrix(21, R)), ValueError,
-     "v: expected (20, 4) for w (12, 20) at rank 4, got (21, 4); "),
-    ("perturb_", dict(u=matrix(16, R), v=matrix(16, R)), ValueError,
-     "u: expected (m', r) and v (n', r) with m' n' = 240 for w (12, 20), "
-     "got (16, 4) and (16, 4); "),
-    ("perturb_", dict(w=torch.randn(3, 4, 20), v=matrix(21, R)), ValueError,
-     "u: expected (m', r) and v (n', r) with m' n' = 240 for w (3, 4, 20), "),
-    ("perturb_", dict(u=matrix(15, R), v=matrix(16, 3)), ValueError,
-     "u: expected (15, 3) for w (12, 20) at rank 3, got (15, 4); "),
-    ("perturb_", dict(u=torch.randn(M)), ValueError, "u: expected (rows, rank), got (12,); "),
-    ("perturb_", dict(u=matrix(M, 13), v=matrix(N, 13)), ValueError,
-     "u: expected 1 <= rank <= 12 for w as (12, 20), got rank 13; use min(rank, 12, 20)"),
-    ("perturb_", dict(u=matrix(M, 0), v=matrix(N, 0)), ValueError,
-     "u: expected 1 <= rank <= 12 for w as (12, 20), got rank 0; "),
-    ("perturb_", dict(u=matrix(M, R, BF16)), TypeError, "u: expected float32, got bfloat16; "),
-    ("perturb_", dict(w=matrix(M, N, BF16), u=matrix(M, R, torch.float16)), TypeError,
-     "u: expected bfloat16 or float32, got float16; "),
-    ("perturb_", dict(w=matrix(N, M).T), ValueError,
-     "w: expected a contiguous tensor or a matrix with contiguous rows, got shape (12, 20) "
-     "with strides (1, 12); pass .contiguous(), or for a transposed weight its .T"),
-    ("perturb_", dict(w=torch.randn(1, N).expand(M, N)), ValueError,
-     "w: expected a contiguous tensor or a matrix with contiguous rows, got shape (12, 20) "
-     "with strides (0, 1); "),
-    ("perturb_", dict(w=torch.randn(60).as_strided((M, N), (3, 1))), ValueError,
-     "w: expected a contiguous tensor or a matrix with contiguous rows, "),
-    ("perturb_", dict(u=matrix(R, M).T), ValueError, "u: expected a contiguous tensor or "),
-    ("perturb_", dict(coeff=torch.zeros(0)), ValueError,
-     "coeff: expected (K,) with one fp32 number per query, K >= 1, got (0,); "),
-    ("perturb_", dict(coeff=torch.tensor(0.1)), ValueError, "coeff: expected (K,) "),
-    ("perturb_", dict(coeff=torch.zeros(2, dtype=F64)), TypeError,
-     "coeff: expected float32, got float64; "),
-    ("perturb_", dict(coeff=torch.zeros(4)[::2]), ValueError,
-     "coeff: expected a contiguous tensor, got strides (2,); "),
-    ("perturb_", dict(rng=torch.zeros(2)), TypeError, "rng: expected int64, got float32; "),
-    ("perturb_", dict(rounding="up"), ValueError,
-     "rounding: expected 'nearest' or 'stochastic', got 'up'; "),
-    ("perturb_", dict(stream=-1), ValueError, "stream: expected 0 <= stream < 2**32, got -1; "),
-    ("perturb_", dict(u=torch.zeros(M, R, device="meta")), ValueError,
-     "u: expected device cpu as w, got meta; move it with .to('cpu')"),
-    ("perturb_", dict(rng=torch.zeros(2, dtype=torch.int64, device="meta")), ValueError,
-     "rng: expected device cpu as w, got meta; "),
-    ("perturb_many_", dict(us=[matrix(M, R)]), ValueError,
-     "us: expected 2 entries, one per tensor of ws, got 1; pass lists of one length"),
-    ("perturb_many_", dict(streams=[1]), ValueError, "streams: expected 2 entries, "),
-    ("perturb_many_", dict(streams=[1, 2**33]), ValueError,
-     "streams[1]: expected 0 <= stream < 2**32, got 8589934592; "),
-    ("perturb_many_", dict(vs=[matrix(N, R), matrix(M, 3)]), ValueError,
-     "us[1]: expected (20, 3) for ws[1] (20, 12) at rank 3, got (20, 4); "),
-    ("perturb_plan", dict(vs=[matrix(N, R), matrix(M, 3)]), ValueError,
-     "us[1]: expected (20, 3) for ws[1] (20, 12) at rank 3, got (20, 4); "),
-    ("perturb_plan", dict(streams=[-1, 0]), ValueError, "streams[0]: expected 0 <= stream"),
-    ("perturb_dense_", dict(ws=[torch.zeros(4, dtype=torch.int64)] * 2), TypeError,
-     "ws[0]: expected float32 or bfloat16 or float16 or float64, got int64; "),
-    ("perturb_dense_", dict(coeff=torch.zeros(2, 2)), ValueError, "coeff: expected (K,) "),
-    ("perturb_dense_", dict(streams=[1, 2, 3]), ValueError, "streams: expected 2 entries, "),
-    ("perturb_dense_", dict(ws=[torch.zeros(3, 3, 4)[:, :, :2]] * 2), ValueError,
-     "ws[0]: expected a contiguous tensor or a matrix with contiguous rows, "),
-    ("core_noise_", dict(coeff=torch.zeros(G)), ValueError,
-     "coeff: expected (G, K), G groups and K queries, both >= 1, got (2,); pass coeff[None]"),
-    ("core_noise_", dict(coeff=torch.zeros(G, 0)), ValueError, "coeff: expected (G, K), "),
-    ("core_noise_", dict(coeff=torch.zeros(3, 2)), ValueError,
-     "out[0]: expected (3, 4, 4) for coeff (3, K) and base[0] (4, 4), got (2, 4, 4); "),
-    ("core_noise_", dict(mu=[1.0]), ValueError, "mu: expected 2 entries, "),
-    ("core_noise_", dict(mu=[1.0, float("nan")]), ValueError,
-     "mu[1]: expected a finite number, got nan; "),
-    ("core_noise_", dict(base=[torch.zeros(R, 3), torch.zeros(3, 3)]), ValueError,
-     "base[0]: expected (r, r) with r >= 1, got (4, 3); "),
-    ("core_noise_", dict(base=[torch.zeros(R, R, dtype=BF16), torch.zeros(3, 3)]), TypeError,
-     "base[0]: expected float32 or float64, got bfloat16; "),
-    ("core_noise_", dict(base=[torch.randn(R, R).T, torch.zeros(3, 3)]), ValueError,
-     "base[0]: expected a contiguous tensor, got strides (1, 4); "),
-    ("fold_", dict(core=torch.randn(G, R, R)), ValueError,
-     "core: expected (4, 4) for u and v of rank 4, got (2, 4, 4); "),
-    ("fold_", dict(core=torch.randn(R, R, dtype=F64)), TypeError,
-     "core: expected float32, got float64; "),
-    ("fold_", dict(decay=float("inf")), ValueError, "decay: expected a finite number, got inf; "),
-    ("fold_", dict(rounding="stochastic"), ValueError,
-     "rng: expected [seed, folds so far] for rounding='stochastic', got None; "
-     "pass make_rng(seed, folds)"),
-    ("fold_", dict(u=matrix(M, 13), v=matrix(N, 13)), ValueError,
-     "u: expected 1 <= rank <= 12 for w as (12, 20), got rank 13; "),
-    ("lowrank_linear", dict(x=torch.randn(4, 19)), ValueError,
-     "x: expected (rows, ..., 20) for w (12, 20), got (4, 19); "),
-    ("lowrank_linear", dict(x=torch.randn(3, N)), ValueError,
-     "x: expected a leading axis of 2 equal groups (core has 2), got (3, 20); "),
-    ("lowrank_linear", dict(x=torch.randn(N)), ValueError, "x: expected (rows, ..., 20) "),
-    ("lowrank_linear", dict(x=matrix(4, N, BF16)), TypeError,
-     "x: expected float32, got bfloat16; convert it with .to(torch.float32)"),
-    ("lowrank_linear", dict(core=torch.randn(R, R)), ValueError,
-     "core: expected (G, 4, 4) with G >= 1 for u and v of rank 4, got (4, 4); pass core[None]"),
-    ("lowrank_linear", dict(bias=torch.randn(13)), ValueError,
-     "bias: expected (12,) or (2, 12) for w (12, 20), got (13,); "),
-    ("lowrank_linear", dict(bias=torch.randn(3, M)), ValueError, "bias: expected (12,) or "),
-    ("lowrank_linear", dict(bias=torch.randn(M).to(BF16)), TypeError,
-     "bias: expected float32, got bfloat16; "),
-    ("lowrank_linear", dict(u=matrix(15, R), v=matrix(16, R)), ValueError,
-     "u: expected (12, 4) for w (12, 20) at rank 4, got (15, 4); "),
-    ("lowrank_linear", dict(w=torch.randn(M, 2 * N)[:, ::2]), ValueError,
-     "w: expected a contiguous tensor or a matrix with contiguous rows, "),
-    ("lowrank_linear", dict(w=torch.randn(3, 4, 20)), ValueError,
-     "w: expected (m, n), got (3, 4, 20); "),
-    ("lowrank_embedding", dict(ids=torch.zeros(4)), TypeError,
-     "ids: expected int64 or int32, got float32; "),
-    ("lowrank_embedding", dict(ids=torch.zeros(3, dtype=torch.int64)), ValueError,
-     "ids: expected a leading axis of 2 equal groups (core has 2), got (3,); "),
-    ("lowrank_embedding", dict(w=matrix(N, M).T), ValueError, "w: expected a contiguous tensor "),
-]  # fmt: skip
 
 
 def tensors_of(arguments: dict) -> list[torch.Tensor]:
@@ -267,6 +83,13 @@ def shared(op: str) -> dict:
         arguments |= dict(ws=[square, buffer[239:479].view(N, M)])
     if op == "perturb_dense_":
         arguments |= dict(ws=[square, square])
+    if op == "add_noise_":
+        # Between the two groups of y, then on the first row of the second.
+        y = buffer.as_strided((G, M, N), (300, 20, 1))
+        sk.add_noise_(**(arguments | dict(y=y, scale=buffer[260:284].view(G, M))))
+        arguments |= dict(y=y, scale=buffer[280:304].view(G, M))
+    if op == "noise_outer_":
+        arguments |= dict(out=square, a=buffer[239:339].view(5, N))
     if op == "core_noise_":
         arguments |= dict(base=[arguments["out"][0][0], arguments["base"][1]])
     return arguments
@@ -282,6 +105,8 @@ def shared(op: str) -> dict:
         ("perturb_dense_", "ws[0]: expected memory of its own, got an overlap with ws[1]; "),
         ("core_noise_", "out[0]: expected memory of its own, got an overlap with base[0]; "),
         ("fold_", "w: expected memory of its own, got an overlap with u; "),
+        ("add_noise_", "y: expected memory of its own, got an overlap with scale; "),
+        ("noise_outer_", "out: expected memory of its own, got an overlap with a; "),
     ],
 )
 def test_shared_memory_is_refused(op, start):
@@ -332,6 +157,10 @@ GRAD_CASES = [
     ("perturb_dense_", "ws"),
     ("core_noise_", "base"),
     ("fold_", "core"),
+    ("add_noise_", "y"),
+    ("add_noise_", "scale"),
+    ("noise_outer_", "out"),
+    ("noise_outer_", "a"),
     ("lowrank_linear", "x"),
     ("lowrank_linear", "bias"),
     ("lowrank_embedding", "w"),

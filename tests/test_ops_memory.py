@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import subzero_kernels as sk
-from subzero_kernels.overlap import clashes, overlap, region
+from subzero_kernels.overlap import clashes, overlap, region, regions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -137,6 +137,26 @@ def test_overlap_is_exact_for_all_pairs_of_small_views():
         assert overlap(regions[i], regions[j]) == expected, (regions[i], regions[j])
         results[expected] += 1
     assert min(results.values()) > 100
+
+
+def test_the_regions_of_groups_of_rows_hold_their_elements_and_no_others():
+    """(G, N, c) views with either axis outside, evenly spaced or not, against small segments."""
+    buffer = torch.zeros(200)
+    counts = set()
+    for groups, rows, columns, gaps in [(2, 3, 4, (1, 5)), (3, 2, 2, (0, 3)), (1, 3, 5, (2, 0))]:
+        pitch = columns + gaps[0]
+        outside = (rows * pitch + gaps[1], pitch, 1)
+        inside = (pitch, groups * pitch + gaps[1], 1)
+        for strides in (outside, inside, (rows * pitch, pitch, 1), (pitch, groups * pitch, 1)):
+            view = buffer.as_strided((groups, rows, columns), strides, 7)
+            held = regions("view", view, written=True)
+            counts.add(len(held))
+            for start in range(70):
+                for width in (1, 2):
+                    other = buffer[start : start + width]
+                    found = clashes([*held, region("other", other, written=False)])
+                    assert bool(list(found)) == exact_overlap(view, other), (strides, start)
+    assert 1 in counts and max(counts) > 1
 
 
 def test_clashes_finds_every_written_pair_and_no_other():

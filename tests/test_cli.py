@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -49,8 +50,10 @@ def test_version_and_help(run):
     assert run("--version") == (0, f"subzero {__version__}\n", "")
     code, out, _ = run("train", "--help")
     assert code == 0
-    for word in ("Task and data", "Model", "Training", "Optimizer", "Examples", "0.03", "--rank"):
+    for word in ("Task and data", "Model", "Training", "Optimizer", "Examples", "--rank"):
         assert word in out
+    for default in ("activation 0.005, weight 0.03, mezo 1e-06", "--paper", "--method"):
+        assert default in out
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,14 @@ def test_version_and_help(run):
         (["--train-layers", "9"], 2, "expected layers from 0 to 3, got '9'"),
         (["--dtype", "int4"], 2, "--dtype: expected one of"),
         (["--rank", "0"], 2, "optimizer: rank: expected an integer of at least 1, got 0"),
-        (["--queries", "2"], 2, "optimizer: queries: expected at least 4"),
+        (["--queries", "2", "--method", "weight"], 2, "optimizer: queries: expected at least 4"),
+        (["--form", "left"], 2, "optimizer: form: expected one of"),
+        (["--method", "sgd"], 2, "--method: expected one of auto, activation, weight, mezo, adamw"),
+        (["--method", "adamw", "--form", "core"], 2, "--form: expected only with --method activat"),
+        (["--method", "mezo", "--rank", "4"], 2, "--rank: expected only with --method activation"),
+        (["--paper", "--method", "mezo"], 2, "--paper: expected weight noise"),
+        (["--form", "core", "--sides", "two"], 2, "(--sides is not for noise on activations)"),
+        (["--train-modules", "o_proj,qkv"], 2, "--train-modules: no module 'qkv' in these layers"),
         (["--eps", "nan"], 2, "optimizer: eps: expected a finite number"),
         (["--rule", "rmsprop"], 2, "optimizer: rule: expected one of"),
         (["--steps", "0"], 2, "--steps: expected at least 1, got 0"),
@@ -108,6 +118,16 @@ def test_own_columns_template_and_words(run, files):
         "--template '{x} It was' --label-words 0=terrible,1=great"
         in (files / "own" / "command.txt").read_text()
     )
+
+
+def test_the_papers_recipe_is_one_flag(run, files):
+    short = ["--paper", "--apply", "in_place", "-o", "paper"]
+    code, out, err = run(*TRAIN, *short)
+    assert code == 0, err
+    assert "SubZero, noise on weights (--paper)" in out
+    settings = json.loads((files / "paper" / "run.json").read_text())["settings"]
+    assert settings["queries"] == 1 and settings["sides"] == "two" and settings["rule"] == "sgd"
+    assert settings["lr"] == 1e-6 and settings["steps"] == 2 and settings["apply"] == "in_place"
 
 
 def test_as_a_program(files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny_task import save_model, save_rows
+from tiny_task import save_model, save_rows, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subzero.batches import Encoder
 from subzero.data import load_examples, split_examples
 from subzero.errors import CommandError
 from subzero.evaluation import Scores, evaluate
+from subzero.methods import make_method
 from subzero.models import choose_trained, load_model
-from subzero.objectives import LabelWords
-from subzero.optimizer import SubZero
-from subzero.settings import Settings
+from subzero.objectives import label_words
+from subzero.settings import METHODS, Settings, fill
 from subzero.tasks import make_task, word_ids
 from subzero.trainer import _Best, schedule, train
 
@@ -46,7 +47,7 @@ def settings(tmp_path_factory):
         train_layers="all",
         lr=3e-2,
         rank=8,
-        queries=16,
+        refresh_every=10,
     )
 
 
@@ -105,7 +106,8 @@ def test_files_of_the_folder(settings, metrics):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert (folder / "command.txt").read_text() == "subzero train it\n"
     run = json.loads((folder / "run.json").read_text())
-    assert Settings(**run["settings"]) == settings and run["versions"]["torch"]
+    assert Settings(**run["settings"]) == fill(settings, "activation", True)
+    assert run["versions"]["torch"] and run["settings"]["method"] == metrics["method"]
     assert (folder / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not [p.name for p in folder.parent.iterdir() if p.name.startswith(".")]
 
@@ -119,36 +121,96 @@ def test_the_same_seed_gives_the_same_run(settings, metrics, tmp_path):
     assert first["test"] == again["test"]
 
 
-def test_restore_brings_back_the_best_weights_whatever_came_after(settings):
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_keeps_the_best(settings, tmp_path, method):
+    change = {
+        "activation": {},
+        "weight": dict(queries=16),
+        "mezo": dict(lr=3e-4, rank=None, refresh_every=None, steps=150, eval_every=50),
+        "adamw": dict(lr=1e-3, rank=None, refresh_every=None),
+    }[method]
+    run = replace(settings, method=method, output=str(tmp_path / "out"), **change)
+    metrics = train(run, "", CONSOLE)
+    assert metrics["method"] == method and metrics["skipped_steps"] == 0
+    assert metrics["best"]["loss"] < metrics["dev"][0]["loss"] - 0.05
+    loss, accuracy = plain_scores(run.output, examples_of(settings)["dev"])
+    assert loss == pytest.approx(metrics["best"]["loss"], rel=1e-4)
+    assert accuracy == pytest.approx(metrics["best"]["accuracy"])
+    assert metrics["forwards"] > 0 and metrics["batch_size"] == 16
+    seconds = metrics["seconds"]
+    assert 0 < seconds["steps"] < seconds["training"] < seconds["total"]
+
+
+def test_the_report_names_method_forwards_and_seconds(settings, tmp_path):
+    console = Console(width=200, record=True, file=io.StringIO())
+    run = replace(
+        settings, method="adamw", rank=None, refresh_every=None, lr=1e-3, steps=2,
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    train(run, "", console)
+    text = console.export_text()
+    assert "method   AdamW, with backpropagation (--method adamw)" in text
+    assert "AdamW, with backpropagation: 2 steps" in text
+    assert "\n6 forwards of 16 examples in 0:0" in text and " min with evaluations" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_restore_brings_back_the_best_weights_whatever_came_after(settings, method):
     loaded = load_model(settings.model, device="cpu")
     model = loaded.model
-    choose_trained(model, "all", norms=True)
-    optimizer = SubZero(model, lr=0.1, rank=4, refresh_every=2)
+    choose_trained(model, "all")
+    change = dict(lr=0.05, eps=1e-3) if method == "mezo" else dict(lr=0.05)
+    if method in ("activation", "weight"):
+        change |= dict(rank=4, refresh_every=2)
+    asked = Settings(model="", output="", method=method, **change)
+    made = make_method(fill(asked, method, True), model)
     words = word_ids(make_task("movie-reviews", "{x}"), loaded.tokenizer)
-    objective, encoder = LabelWords(model, words), Encoder(loaded.tokenizer, model)
+    objective, encoder = label_words(words), Encoder(loaded.tokenizer, model)
     dev = examples_of(settings)["dev"]
     batch = encoder.collate(encoder.encode(dev), [e.label for e in dev])
-    best = _Best(model, optimizer)
+    best = _Best(model, made)
     for step in range(5):
-        optimizer.step(batch, objective)
+        made.step(batch, objective)
         if step == 1:
-            kept = evaluate(objective, encoder, dev)
+            kept = evaluate(model, objective, encoder, dev)
             assert best.offer(step, kept)
     worse = Scores(kept.loss + 1, kept.accuracy)
     assert not best.offer(9, worse)
-    assert abs(evaluate(objective, encoder, dev).loss - kept.loss) > 1e-4
+    assert abs(evaluate(model, objective, encoder, dev).loss - kept.loss) > 1e-4
     best.restore()
-    optimizer.detach()
-    assert abs(evaluate(objective, encoder, dev).loss - kept.loss) < 1e-6
+    made.detach()
+    assert abs(evaluate(model, objective, encoder, dev).loss - kept.loss) < 1e-6
 
 
-def test_language_modelling(settings, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_language_modelling(settings, tmp_path, method):
+    change = {"mezo": dict(lr=1e-4), "adamw": dict(lr=1e-3)}.get(method, {})
+    if change:
+        change |= dict(rank=None, refresh_every=None)
     text = replace(
-        settings, task="text", steps=6, eval_every=6, output=str(tmp_path / "lm"), lr=1e-2
-    )
+        settings, method=method, task="text", steps=12, eval_every=6, output=str(tmp_path / "lm"),
+        **change,
+    )  # fmt: skip
     metrics = train(text, "", CONSOLE)
     assert metrics["best"]["loss"] < metrics["dev"][0]["loss"]
     assert "accuracy" not in metrics["test"]["after"]
+
+
+def test_texts_of_a_single_token_are_left_out(settings, tmp_path):
+    rows = ["text", *(text for text, _ in sentences()), "a", "b", "c"]
+    data = tmp_path / "rows.tsv"
+    data.write_text("\n".join(rows) + "\n")
+    text = replace(
+        settings, task="text", data=str(data), steps=1, train_examples=200, dev_examples=20,
+        output=str(tmp_path / "lm"),
+    )  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    train(text, "", console)
+    assert "(3 of a single token left out)" in console.export_text()
+    data.write_text("text\n" + "\n".join("abcdefghijklmnop") + "\n")
+    few = replace(text, overwrite=True, train_examples=4, dev_examples=4, test_examples=4)
+    with pytest.raises(CommandError, match="texts of at least two tokens, got none for test"):
+        train(few, "", CONSOLE)
 
 
 def test_a_loss_that_is_never_finite_writes_nothing(settings, tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .errors import CommandError
-from .settings import Settings
+from .settings import Settings, defaults
 
 app = typer.Typer(
     add_completion=False,
@@ -64,6 +64,12 @@ def _top(
 
 def _option(group: str, flag: str, text: str, **how: Any) -> Any:
     return typer.Option(flag, help=text, rich_help_panel=group, **how)
+
+
+def _recipe(group: str, flag: str, text: str) -> Any:
+    """An option whose default comes from the method's recipe, which its help shows."""
+    values = defaults(flag.partition("/")[0].removeprefix("--").replace("-", "_"))
+    return _option(group, flag, f"{text} ({values})", show_default=False)
 
 
 DATA, MODEL, TRAIN, OPTIM = "Task and data", "Model", "Training", "Optimizer"
@@ -125,13 +131,27 @@ def train(
         int, _option(DATA, "--max-tokens", "Longer prompts lose tokens at their beginning.")
     ] = D.max_tokens,
     train_layers: Annotated[
-        str, _option(MODEL, "--train-layers", "all, upper (half), none, or numbers such as 15-29.")
+        str | None,
+        _recipe(MODEL, "--train-layers", "all, upper (half), none, or numbers such as 15-29."),
     ] = D.train_layers,
+    train_modules: Annotated[
+        str | None,
+        _recipe(
+            MODEL,
+            "--train-modules",
+            "Matrices of these layers: all, residual (o_proj and down_proj, or what they are "
+            "called), or names such as q_proj,v_proj.",
+        ),
+    ] = D.train_modules,
     train_embeddings: Annotated[
-        bool, _option(MODEL, "--train-embeddings", "Also train embeddings and head.")
+        bool | None,
+        _recipe(
+            MODEL, "--train-embeddings/--no-train-embeddings", "Also train embeddings and head."
+        ),
     ] = D.train_embeddings,
     train_norms: Annotated[
-        bool, _option(MODEL, "--train-norms", "Also train norm weights and biases.")
+        bool | None,
+        _recipe(MODEL, "--train-norms/--no-train-norms", "Also train norm weights and biases."),
     ] = D.train_norms,
     dtype: Annotated[
         str, _option(MODEL, "--dtype", "Of the weights: float32, bfloat16, float16.")
@@ -139,52 +159,106 @@ def train(
     device: Annotated[
         str, _option(MODEL, "--device", "auto takes a GPU where there is one.")
     ] = D.device,
-    steps: Annotated[int, _option(TRAIN, "--steps", "Optimizer steps.")] = D.steps,
+    method: Annotated[
+        str,
+        _option(
+            TRAIN,
+            "--method",
+            "activation, weight (both SubZero), mezo, adamw (with backpropagation), or auto: "
+            "activation where the model allows it, else weight.",
+        ),
+    ] = D.method,
+    paper: Annotated[
+        bool,
+        _option(
+            TRAIN,
+            "--paper",
+            "The paper's own recipe: weight noise on all parameters, one two-sided query, plain "
+            "SGD (--lr 1e-6 --rank 64 --steps 10000); options given with it win.",
+        ),
+    ] = D.paper,
+    steps: Annotated[int | None, _recipe(TRAIN, "--steps", "Optimizer steps.")] = D.steps,
     batch_size: Annotated[int, _option(TRAIN, "--batch-size", "Examples a step.")] = D.batch_size,
     eval_every: Annotated[
-        int, _option(TRAIN, "--eval-every", "Steps between evaluations on dev.")
+        int | None,
+        _option(
+            TRAIN,
+            "--eval-every",
+            "Steps between evaluations on dev (a fifth of --steps).",
+            show_default=False,
+        ),
     ] = D.eval_every,
     schedule: Annotated[
-        str, _option(TRAIN, "--schedule", "Of lr: cosine or linear to zero, or constant.")
+        str | None,
+        _recipe(TRAIN, "--schedule", "Of lr: cosine or linear to zero, or constant."),
     ] = D.schedule,
     seed: Annotated[int, _option(TRAIN, "--seed", "Of batches, bases and noise.")] = D.seed,
     max_minutes: Annotated[
         float | None,
         _option(TRAIN, "--max-minutes", "Stop training early after this long.", show_default=False),
     ] = D.max_minutes,
-    lr: Annotated[float, _option(OPTIM, "--lr", "Learning rate.")] = D.lr,
-    eps: Annotated[float, _option(OPTIM, "--eps", "Size of a perturbation.")] = D.eps,
-    rank: Annotated[int, _option(OPTIM, "--rank", "Of the subspace of each matrix.")] = D.rank,
+    lr: Annotated[float | None, _recipe(OPTIM, "--lr", "Learning rate.")] = D.lr,
+    eps: Annotated[float | None, _recipe(OPTIM, "--eps", "Size of a perturbation.")] = D.eps,
     queries: Annotated[
-        int, _option(OPTIM, "--queries", "Perturbations a step, evaluated in one batch.")
+        int | None,
+        _recipe(
+            OPTIM,
+            "--queries",
+            "Perturbations a step; 4 with noise on activations for task text.",
+        ),
     ] = D.queries,
-    sides: Annotated[
-        str, _option(OPTIM, "--sides", "one (a baseline and each query), two (each +/-), or auto.")
-    ] = D.sides,
     rule: Annotated[
-        str, _option(OPTIM, "--rule", "sgd, momentum, adam, or norm (needs 4 queries or more).")
+        str | None,
+        _recipe(OPTIM, "--rule", "sgd, momentum, adam, norm, or muon."),
     ] = D.rule,
-    apply: Annotated[
-        str, _option(OPTIM, "--apply", "forward (weights stay read-only) or in_place.")
-    ] = D.apply,
+    rank: Annotated[
+        int | None, _recipe(OPTIM, "--rank", "Of the subspace of each matrix.")
+    ] = D.rank,
     refresh_every: Annotated[
-        int, _option(OPTIM, "--refresh-every", "Steps until the subspaces are drawn anew.")
+        int | None, _recipe(OPTIM, "--refresh-every", "Steps until the subspaces are chosen anew.")
     ] = D.refresh_every,
-    momentum: Annotated[float, _option(OPTIM, "--momentum", "Of rule momentum.")] = D.momentum,
-    beta1: Annotated[float, _option(OPTIM, "--beta1", "Of rule adam.")] = D.beta1,
-    beta2: Annotated[float, _option(OPTIM, "--beta2", "Of rule adam.")] = D.beta2,
-    adam_eps: Annotated[float, _option(OPTIM, "--adam-eps", "Of rule adam.")] = D.adam_eps,
+    form: Annotated[
+        str | None,
+        _recipe(OPTIM, "--form", "right (W + B V'), core (W + U S V'), or full (W itself)."),
+    ] = D.form,
+    credit: Annotated[
+        str | None,
+        _recipe(
+            OPTIM, "--credit", "block (one noise for a block's writers to the residual) or own."
+        ),
+    ] = D.credit,
+    where: Annotated[
+        str | None,
+        _recipe(OPTIM, "--where", "Tokens with noise: loss (those whose logits it reads) or all."),
+    ] = D.where,
+    discount: Annotated[
+        float | None,
+        _recipe(OPTIM, "--discount", "Credit of a token for the losses of later ones, 0 to 1."),
+    ] = D.discount,
+    sides: Annotated[
+        str | None,
+        _recipe(OPTIM, "--sides", "one (a baseline and each query), two (each +/-), or auto."),
+    ] = D.sides,
+    apply: Annotated[
+        str | None, _recipe(OPTIM, "--apply", "forward (weights stay read-only) or in_place.")
+    ] = D.apply,
+    momentum: Annotated[
+        float | None, _recipe(OPTIM, "--momentum", "Of rules momentum and muon.")
+    ] = D.momentum,
+    beta1: Annotated[float | None, _recipe(OPTIM, "--beta1", "Of adam.")] = D.beta1,
+    beta2: Annotated[float | None, _recipe(OPTIM, "--beta2", "Of adam.")] = D.beta2,
+    adam_eps: Annotated[float | None, _recipe(OPTIM, "--adam-eps", "Of adam.")] = D.adam_eps,
     weight_decay: Annotated[
-        float, _option(OPTIM, "--weight-decay", "Decoupled, on matrices.")
+        float | None, _recipe(OPTIM, "--weight-decay", "Decoupled, on matrices.")
     ] = D.weight_decay,
     state_at_refresh: Annotated[
-        str, _option(OPTIM, "--state-at-refresh", "reset or keep the rule's state.")
+        str | None, _recipe(OPTIM, "--state-at-refresh", "reset or keep the rule's state.")
     ] = D.state_at_refresh,
     fold_rounding: Annotated[
-        str, _option(OPTIM, "--fold-rounding", "nearest, stochastic, or auto (by dtype).")
+        str | None, _recipe(OPTIM, "--fold-rounding", "nearest, stochastic, or auto (by dtype).")
     ] = D.fold_rounding,
     reshape: Annotated[
-        str, _option(OPTIM, "--reshape", "none, square, grouped, or auto.")
+        str | None, _recipe(OPTIM, "--reshape", "none, square, grouped, or auto.")
     ] = D.reshape,
 ) -> None:
     """Fine-tune a causal language model and write the result to a folder.
@@ -208,11 +282,22 @@ def train(
       --label-column folder --template "{x} This mail is about"
       --label-words "bills=money,trips=travel" -o runs/mail
 
-    Plain language modelling, all layers, one query, as in the paper:
+    Plain language modelling:
 
-      subzero train ./model --task text --data notes.jsonl --steps 10000
-      --train-layers all --queries 1 --sides two --rule sgd --lr 1e-6
-      --rank 64 -o runs/notes
+      subzero train ./model --task text --data notes.jsonl -o runs/notes
+
+    The paper's own recipe, and its loop that writes noise into the weights:
+
+      subzero train ./model --task sst2 --paper -o runs/paper
+      subzero train ./model --task sst2 --paper --apply in_place -o runs/loop
+
+    Baselines on the same data, layers and batches:
+
+      subzero train ./model --task sst2 --method mezo -o runs/mezo
+      subzero train ./model --task sst2 --method adamw -o runs/adamw
+
+    An option's help ends with its default in brackets, for each method
+    that takes it; with another method it is an error.
     """
     given = dict(locals())
     given.pop("debug")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import Encoder
-from .objectives import LabelWords, NextToken
+from .objectives import LogitsLoss
 from .tasks import Example
 
 
@@ -36,18 +36,23 @@ class Scores:
 
 @torch.no_grad()
 def evaluate(
-    objective: LabelWords | NextToken, encoder: Encoder, examples: Sequence[Example]
+    model: nn.Module, objective: LogitsLoss, encoder: Encoder, examples: Sequence[Example]
 ) -> Scores:
     """Scores on all examples, in batches of like length; the model is left in its mode.
 
-    The model is expected in eval mode, as load_model leaves it.
+    With an objective of label words: the mean over the examples. With one of token losses: the
+    mean over all scored tokens of the split, so that exp(loss) is its perplexity and long texts
+    count for what they hold. The model is expected in eval mode, as load_model leaves it.
     """
-    if isinstance(objective, NextToken):
-        losses = [objective(batch) for _, batch in encoder.sorted_batches(examples)]
-        return Scores(float(torch.cat(losses).mean()))
-    logits = torch.empty(len(examples), len(objective.words))
+    if objective.tokens is None:
+        total, count = 0.0, 0
+        for _, batch in encoder.sorted_batches(examples):
+            total += float(objective(model, batch).double().sum())
+            count += int(objective.scored(batch).sum())
+        return Scores(total / count)
+    logits = torch.empty(len(examples), len(objective.tokens))
     for rows, batch in encoder.sorted_batches(examples):
-        logits[rows] = objective.logits(batch).cpu()
+        logits[rows] = objective.logits(model, batch)[:, 0].float().cpu()
     labels = torch.tensor([e.label for e in examples])
     accuracy = int((logits.argmax(1) == labels).sum()) / len(labels)
     return Scores(float(F.cross_entropy(logits, labels)), accuracy, logits)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .credit import RESIDUAL_WRITERS
 from .errors import CommandError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,7 +154,11 @@ def _plain_copy(gguf: Path, dtype: str) -> Path:
 
 
 def choose_trained(
-    model: nn.Module, layers: str = "upper", embeddings: bool = False, norms: bool = False
+    model: nn.Module,
+    layers: str = "upper",
+    embeddings: bool = False,
+    norms: bool = False,
+    modules: str = "all",
 ) -> str:
     """Set requires_grad on what is to be trained, and say what that is.
 
@@ -161,28 +166,57 @@ def choose_trained(
         layers: "all", "upper" (the upper half), "none", or numbers and ranges: "15-29", "0,4-7".
         embeddings: also matrices outside the blocks (embeddings, head).
         norms: also parameters of one dimension (norm weights, biases).
+        modules: which matrices of the blocks: "all", "residual" (those whose output is added to the
+            residual stream), or names of their modules: "o_proj,down_proj".
 
     Raises:
-        CommandError: layers the model does not have, nothing to train, no blocks found.
+        CommandError: layers or modules the model does not have, nothing to train, no blocks found.
     """
     name, blocks = _blocks(model)
     chosen = parse_layers(layers, len(blocks))
     inside = {id(p) for block in blocks for p in block.parameters()}
-    trained = [p for i in chosen for p in blocks[i].parameters()]
-    if embeddings or norms:
-        trained += [p for p in model.parameters() if id(p) not in inside]
+    matrices = _matrices([blocks[i] for i in chosen], modules)
     model.requires_grad_(False)
-    for p in trained:
-        matrix = p.dim() > 1
-        if norms if not matrix else (id(p) in inside or embeddings):
-            p.requires_grad_(True)
+    for p in [p for i in chosen for p in blocks[i].parameters()]:
+        p.requires_grad_(id(p) in matrices if p.dim() > 1 else norms)
+    for p in model.parameters():
+        if id(p) not in inside:
+            p.requires_grad_(embeddings if p.dim() > 1 else norms)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
         raise CommandError(
             "--train-layers: nothing is left to train; choose layers or --train-embeddings"
         )
     total = sum(p.numel() for p in model.parameters())
-    return f"{name} {_ranges(chosen)} of {len(blocks)}: {count:,} of {total:,} parameters"
+    which = "" if modules == "all" else f" ({', '.join(sorted(set(matrices.values())))})"
+    return f"{name} {_ranges(chosen)} of {len(blocks)}{which}: {count:,} of {total:,} parameters"
+
+
+def _matrices(blocks: list[nn.Module], modules: str) -> dict[int, str]:
+    """The matrices of blocks that ``modules`` names: id of the parameter -> name of its module."""
+    found = {}
+    for block in blocks:
+        for path, p in block.named_parameters():
+            if p.dim() > 1:
+                found[id(p)] = path.rpartition(".")[0].rpartition(".")[2] or path
+    if modules == "all" or not blocks:
+        return found
+    wanted = RESIDUAL_WRITERS
+    if modules != "residual":
+        wanted = frozenset(part.strip() for part in modules.split(","))
+        unknown = sorted(wanted - set(found.values()))
+        if unknown:
+            raise CommandError(
+                f"--train-modules: no module {unknown[0]!r} in these layers; expected all, "
+                f"residual, or some of {', '.join(sorted(set(found.values())))}"
+            )
+    chosen = {key: leaf for key, leaf in found.items() if leaf in wanted}
+    if not chosen:
+        raise CommandError(
+            "--train-modules: no module of these layers is known to write to the residual stream; "
+            f"name some of {', '.join(sorted(set(found.values())))}, or take all"
+        )
+    return chosen
 
 
 def parse_layers(text: str, count: int) -> list[int]:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from .evaluation import Scores
-from .settings import Settings
+from .settings import METHODS, Settings
 
 
 def header(rows: Mapping[str, str]) -> Table:
@@ -27,7 +27,8 @@ def header(rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows.items():
-        table.add_row(name, escape(text))
+        if text:
+            table.add_row(name, escape(text))
     return table
 
 
@@ -56,7 +57,8 @@ class Bar:
     def step_begins(self) -> None:
         self._entered = time.perf_counter()
 
-    def step_ends(self, loss: float, examples: int) -> None:
+    def step_ends(self, loss: float, examples: int) -> float:
+        """Show the step just made; returns its seconds."""
         now = time.perf_counter()
         self._busy += now - self._entered
         self._done += 1
@@ -65,10 +67,11 @@ class Bar:
         shown: dict[str, Any] = {
             "loss": f"loss {loss:.4f}",
             "speed": f"{self._done * examples / self._busy:.1f} examples/s",
-            "left": f"{int(left) // 60}:{int(left) % 60:02d} left",
+            "left": f"{_minutes(left)} left",
         }
         self.pace = ", ".join(shown.values())
         self._progress.update(self._task, completed=self._done, **shown)
+        return now - self._entered
 
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
@@ -105,15 +108,22 @@ def summary(metrics: Mapping[str, Any], output: Path) -> Table:
     if "zero_shot_calibrated" in test:
         row("before, zero-shot calibrated", {"accuracy": test["zero_shot_calibrated"]})
     row(f"after {metrics['best']['step']} steps (best on dev)", test["after"], "bold")
-    seconds = metrics["seconds"]["training"]
-    skipped = metrics["skipped_steps"]
+    seconds, skipped = metrics["seconds"], metrics["skipped_steps"]
     table.caption = (
-        f"{metrics['steps']} steps in {int(seconds) // 60}:{int(seconds) % 60:02d} min"
+        f"{METHODS[metrics['method']]}: {metrics['steps']} steps"
         + (f", {skipped} skipped for a loss that was not finite" if skipped else "")
+        # lines no longer than the table is wide
+        + f"\n{metrics['forwards']:,.0f} forwards of {metrics['batch_size']} examples in "
+        f"{_minutes(seconds['steps'])} min"
+        f"\n{_minutes(seconds['training'])} min with evaluations on dev"
         + f"\n{escape(str(output))}"
     )
     table.caption_justify = "left"
     return table
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _percent(accuracy: float, examples: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from .checkpoint import check_output, write_folder
 from .data import load_examples, split_examples
 from .errors import CommandError
 from .evaluation import Scores, calibrated_accuracy, evaluate
-from .models import choose_trained, load_model
-from .objectives import LabelWords, NextToken
-from .optimizer import SubZero
-from .settings import Settings
-from .tasks import describe, make_task, word_ids
+from .methods import Method, choose_method
+from .models import load_model
+from .objectives import LogitsLoss, label_words, next_token
+from .settings import Settings, methods_to_try
+from .tasks import Example, describe, make_task, word_ids
 
-Objective = LabelWords | NextToken
+BASIS_EXAMPLES = 64  # what the first bases of activation noise are taken from
 
 
 def train(settings: Settings, command: str, console: Console | None = None) -> dict[str, Any]:
@@ -55,13 +56,11 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
         loaded = load_model(settings.model, settings.dtype, settings.device)
     words = word_ids(task, loaded.tokenizer)
     model = loaded.model
-    trained = choose_trained(
-        model, settings.train_layers, settings.train_embeddings, settings.train_norms
-    )
-    check_output(output, settings.overwrite, needed=_bytes(model))
-    optimizer = _optimizer(model, settings)
-    objective = LabelWords(model, words) if words else NextToken(model)
     encoder = Encoder(loaded.tokenizer, model, settings.max_tokens)
+    objective = label_words(words) if words else next_token()
+    short = 0 if words else _leave_out_short(splits, encoder)
+    settings, method, trained, why = choose_method(settings, model, bool(words))
+    check_output(output, settings.overwrite, needed=_bytes(model))
     console.print(
         report.header(
             {
@@ -69,25 +68,27 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
                 "task": f"{task.name}: {describe(task, splits['train'])}",
                 "data": f"{settings.data or task.data}: {len(splits['train'])} train, "
                 f"{len(splits['dev'])} dev, {len(splits['test'])} test"
-                + (f" ({duplicates} duplicates left out)" if duplicates else ""),
+                + (f" ({duplicates} duplicates left out)" if duplicates else "")
+                + (f" ({short} of a single token left out)" if short else ""),
+                "method": why,
                 "trained": trained,
-                "plan": optimizer.plan().summary(),
+                "plan": method.plan_summary(),
             }
         )
     )
 
     with console.status("evaluating before training"):
-        before = evaluate(objective, encoder, splits["test"])
+        before = evaluate(model, objective, encoder, splits["test"])
     console.print(report.line("before: test", before), highlight=False)
-    batches = TrainBatches(encoder, splits["train"], settings.batch_size, settings.seed)
-    run = _Run(settings, optimizer, objective, model, console)
-    run.train(batches, lambda: evaluate(objective, encoder, splits["dev"]))
+    run = _Run(settings, method, objective, model, console)
+    run.train(encoder, splits["train"], lambda: evaluate(model, objective, encoder, splits["dev"]))
     run.best.restore()
-    optimizer.detach()
+    method.detach()
     with console.status("evaluating on test"):
-        after = evaluate(objective, encoder, splits["test"])
+        after = evaluate(model, objective, encoder, splits["test"])
 
     metrics: dict[str, Any] = {
+        "method": settings.method,
         "test": {
             "examples": len(splits["test"]),
             "before": before.summary(),
@@ -98,8 +99,15 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
         "train_loss": run.losses,
         "duplicates_left_out": duplicates,
         "steps": len(run.losses),
-        "skipped_steps": optimizer.skipped,
-        "seconds": {"training": run.seconds, "total": time.perf_counter() - begin},
+        "skipped_steps": method.skipped,
+        "batch_size": run.batch_size,
+        # of one batch through the whole model, evaluations aside
+        "forwards": round(run.forwards, 2),
+        "seconds": {
+            "steps": run.seconds_of_steps,
+            "training": run.seconds,
+            "total": time.perf_counter() - begin,
+        },
     }
     if before.logits is not None:
         metrics["test"]["zero_shot_calibrated"] = calibrated_accuracy(before.logits, splits["test"])
@@ -115,12 +123,27 @@ def train(settings: Settings, command: str, console: Console | None = None) -> d
     return metrics
 
 
+def _leave_out_short(splits: dict[str, list[Example]], encoder: Encoder) -> int:
+    """Language modelling needs a token and its successor; returns how many texts have none."""
+    count = 0
+    for name, rows in splits.items():
+        kept = [e for e, ids in zip(rows, encoder.encode(rows), strict=True) if len(ids) > 1]
+        if not kept:
+            raise CommandError(
+                f"--data: expected texts of at least two tokens, got none for {name}; "
+                "check --text-column, --template and --max-tokens"
+            )
+        count += len(rows) - len(kept)
+        splits[name] = kept
+    return count
+
+
 class _Best:
     """The trained weights of the best evaluation so far: only what requires grad is copied."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: SubZero) -> None:
+    def __init__(self, model: torch.nn.Module, method: Method) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer
+        self.method = method
         self.copies: list[torch.Tensor] = []
         self.step = -1
         self.scores = Scores(math.inf)
@@ -129,7 +152,7 @@ class _Best:
         """Keep the weights if these scores are better; the first always are."""
         if self.step >= 0 and not scores.better_than(self.scores):
             return False
-        self.optimizer.fold()
+        self.method.fold()
         if self.copies:
             for copy, p in zip(self.copies, self.parameters, strict=True):
                 copy.copy_(p.detach())
@@ -140,7 +163,7 @@ class _Best:
 
     def restore(self) -> None:
         """Put the kept weights back."""
-        self.optimizer.fold()
+        self.method.fold()
         with torch.no_grad():
             for copy, p in zip(self.copies, self.parameters, strict=True):
                 p.copy_(copy)
@@ -152,48 +175,69 @@ class _Run:
     def __init__(
         self,
         settings: Settings,
-        optimizer: SubZero,
-        objective: Objective,
+        method: Method,
+        objective: LogitsLoss,
         model: torch.nn.Module,
         console: Console,
     ) -> None:
+        assert settings.steps and settings.eval_every and settings.schedule, "filled"
         self.settings = settings
-        self.optimizer = optimizer
+        self.steps, self.eval_every = settings.steps, settings.eval_every
+        self.factor = schedule(settings.schedule, settings.steps)
+        self.method = method
         self.objective = objective
         self.console = console
-        self.best = _Best(model, optimizer)
+        self.best = _Best(model, method)
         self.losses: list[float] = []
         self.dev: list[dict[str, Any]] = []
+        self.batch_size = 0
+        self.forwards = 0.0
+        self.seconds_of_steps = 0.0
         self.seconds = 0.0
 
-    def train(self, batches: TrainBatches, evaluate_dev: Callable[[], Scores]) -> None:
+    def train(
+        self, encoder: Encoder, examples: list[Example], evaluate_dev: Callable[[], Scores]
+    ) -> None:
         """All steps, with an evaluation on dev before, after, and every eval_every steps."""
-        s = self.settings
-        scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(s.schedule, s.steps))
+        limit = self.settings.max_minutes
+        batches = TrainBatches(encoder, examples, self.settings.batch_size, self.settings.seed)
+        self.batch_size = batches.size
+        scheduler = torch.optim.lr_scheduler.LambdaLR(self.method.optimizer, self.factor)
         begin = time.perf_counter()
-        with report.progress(self.console, s.steps) as bar:
+        with report.progress(self.console, self.steps) as bar:
             self._evaluate(evaluate_dev, bar)
+            self._prepare(encoder, examples)
             for batch in batches:
                 bar.step_begins()
-                loss = float(self.optimizer.step(batch, self.objective))
+                loss = float(self.method.step(batch, self.objective))
                 scheduler.step()
                 self.losses.append(loss)
-                bar.step_ends(loss, batches.size)
+                self.seconds_of_steps += bar.step_ends(loss, batches.size)
+                self.forwards += self.method.forwards(batch, self.objective)
                 done = len(self.losses)
-                late = s.max_minutes and time.perf_counter() - begin > 60 * s.max_minutes
-                if late or done == s.steps or done % s.eval_every == 0:
+                late = limit is not None and time.perf_counter() - begin > 60 * limit
+                if late or done == self.steps or done % self.eval_every == 0:
                     self._evaluate(evaluate_dev, bar)
-                if late and done < s.steps:
-                    bar.say(f"stopped after step {done}: --max-minutes {s.max_minutes:g} is over")
-                if late or done == s.steps:
+                if late and done < self.steps:
+                    bar.say(f"stopped after step {done}: --max-minutes {limit:g} is over")
+                if late or done == self.steps:
                     break
         self.seconds = time.perf_counter() - begin
-        if self.optimizer.skipped == len(self.losses):
+        if self.method.skipped == len(self.losses):
             raise CommandError(
                 "the loss was not finite in any step, so nothing was trained; "
                 "try --dtype float32, or a smaller --eps or --lr",
                 code=1,
             )
+
+    def _prepare(self, encoder: Encoder, examples: list[Example]) -> None:
+        """Batches of their own, so that the order of training is the same for every method."""
+        begin = time.perf_counter()
+        some = TrainBatches(encoder, examples, self.settings.batch_size, self.settings.seed)
+        count = min(-(-BASIS_EXAMPLES // some.size), len(examples) // some.size)
+        batches = list(itertools.islice(some, count))
+        self.forwards += self.method.prepare(batches, self.objective)
+        self.seconds_of_steps += time.perf_counter() - begin
 
     def _evaluate(self, evaluate_dev: Callable[[], Scores], bar: report.Bar) -> None:
         step = len(self.losses)
@@ -214,28 +258,15 @@ def schedule(name: str, steps: int) -> Callable[[int], float]:
 
 
 def _check(s: Settings) -> None:
+    methods_to_try(s)
     for name in ("steps", "batch_size", "eval_every", "max_tokens"):
-        if getattr(s, name) < 1:
-            raise CommandError(
-                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(s, name)}"
-            )
-    if s.schedule not in ("cosine", "linear", "constant"):
+        value = getattr(s, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if s.schedule not in (None, "cosine", "linear", "constant"):
         raise CommandError(f"--schedule: expected cosine, linear or constant, got {s.schedule!r}")
     if s.max_minutes is not None and not s.max_minutes > 0:
         raise CommandError(f"--max-minutes: expected a number above 0, got {s.max_minutes}")
-
-
-def _optimizer(model: torch.nn.Module, s: Settings) -> SubZero:
-    try:
-        return SubZero(
-            model, lr=s.lr, eps=s.eps, rank=s.rank, refresh_every=s.refresh_every,
-            queries=s.queries, sides=s.sides, rule=s.rule, apply=s.apply, seed=s.seed,
-            momentum=s.momentum, betas=(s.beta1, s.beta2), adam_eps=s.adam_eps,
-            weight_decay=s.weight_decay, state_at_refresh=s.state_at_refresh,
-            fold_rounding=s.fold_rounding, reshape=s.reshape,
-        )  # fmt: skip
-    except (ValueError, TypeError) as error:
-        raise CommandError(f"optimizer: {error}") from error
 
 
 def _bytes(model: torch.nn.Module) -> int:

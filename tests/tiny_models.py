@@ -97,10 +97,113 @@ BUILDERS = {
 }
 
 
+GROUPED = dict(**SIZE, intermediate_size=48, num_key_value_heads=2)
+WINDOW = 3  # of the models with sliding windows, shorter than a batch's sequences
+
+
+def _llama_untied() -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, tie_word_embeddings=False))
+
+
+def _mistral() -> nn.Module:
+    return tf.MistralForCausalLM(
+        tf.MistralConfig(**GROUPED, head_dim=8, sliding_window=WINDOW, tie_word_embeddings=False)
+    )
+
+
+def _qwen2_sliding() -> nn.Module:
+    config = tf.Qwen2Config(
+        **GROUPED, use_sliding_window=True, sliding_window=WINDOW,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    return tf.Qwen2ForCausalLM(config)
+
+
+def _gemma2() -> nn.Module:
+    return tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW)
+    )
+
+
+def _gemma3() -> nn.Module:
+    config = tf.Gemma3TextConfig(
+        **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return tf.Gemma3ForCausalLM(config)
+
+
+def _phi() -> nn.Module:
+    return tf.PhiForCausalLM(tf.PhiConfig(**GROUPED, partial_rotary_factor=0.5))
+
+
+def _phi3() -> nn.Module:
+    return tf.Phi3ForCausalLM(
+        tf.Phi3Config(**GROUPED, sliding_window=WINDOW, pad_token_id=0, bos_token_id=1,
+                      eos_token_id=2)
+    )  # fmt: skip
+
+
+def _gpt_neox() -> nn.Module:
+    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZE, intermediate_size=48, rotary_pct=0.5))
+
+
+def _bloom() -> nn.Module:
+    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4))
+
+
+def _gptj() -> nn.Module:
+    return tf.GPTJForCausalLM(
+        tf.GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
+    )
+
+
+def _falcon() -> nn.Module:
+    return tf.FalconForCausalLM(tf.FalconConfig(**SIZE, new_decoder_architecture=False))
+
+
+def _mamba() -> nn.Module:
+    return tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+
+
+def _olmo2() -> nn.Module:
+    return tf.Olmo2ForCausalLM(tf.Olmo2Config(**GROUPED))
+
+
+def _opt_post_norm() -> nn.Module:
+    return tf.OPTForCausalLM(
+        tf.OPTConfig(
+            **SIZE, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32,
+            do_layer_norm_before=False,
+        )
+    )  # fmt: skip
+
+
+# further architectures, for tests that ask for them by name
+MORE = {
+    "llama untied": _llama_untied,
+    "mistral": _mistral,
+    "qwen2 sliding": _qwen2_sliding,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi": _phi,
+    "phi3": _phi3,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+    "gptj": _gptj,
+    "falcon": _falcon,
+    "mamba": _mamba,
+    "olmo2": _olmo2,
+    "opt post-norm": _opt_post_norm,
+}
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A random model in eval mode; norms and biases get random values, so that they matter."""
     torch.manual_seed(seed)
-    model = BUILDERS[name]().eval()
+    model = {**BUILDERS, **MORE}[name]().eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:

@@ -8,6 +8,7 @@ V is the top right-singular vectors of the rows a linear sees: of the first step
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class ActivationWeights(TrainedWeights):
         self.space: CreditSpace = self.full or CreditSpace(self.taps, self.dtype)
         self.seen: list[Tensor] = []  # the last rows x / |x| of each linear, at most 4 r
         self._changed = False
+        self._met_checked = False
 
     def spaces(self) -> Iterator[tuple[str, Space]]:
         """One: S, B or W of every credited weight."""
@@ -135,13 +137,35 @@ class ActivationWeights(TrainedWeights):
                 tap.begin_step()
 
     def end_evaluation(self, finite: Tensor, window: int) -> None:
-        """Rows are complete: the first step's give V, the last ones are remembered."""
+        """Rows are complete: the first step's give V, the last ones are remembered.
+
+        A step that is skipped before V is known leaves it so, and has no rows to update with.
+        """
+        self._check_met()
         if not self.aligned:
+            if not bool(finite):
+                for tap in self.taps:
+                    tap.begin_step()
+                return
             self.align_kept(window)
             for tap in self.taps:
                 assert tap.basis is not None
                 tap.kept = [rows @ tap.basis.to(rows.dtype) for rows in tap.kept]
         self.remember(finite)
+
+    def _check_met(self) -> None:
+        """After the first evaluation: name what is credited but did not run where we look."""
+        if self._met_checked:
+            return
+        self._met_checked = True
+        unmet = [tap.credit.name for tap in self.taps if not tap.kept]
+        if unmet:
+            more = f" and {len(unmet) - 5} more" if len(unmet) > 5 else ""
+            warnings.warn(
+                f"SubZero: {', '.join(unmet[:5])}{more} took no part in the first step's forward, "
+                "or the model reads it outside its own module; freeze it",
+                stacklevel=4,
+            )
 
     def align_kept(self, window: int) -> None:
         """V from the rows kept since the step began, as they are: not projected."""
@@ -159,6 +183,8 @@ class ActivationWeights(TrainedWeights):
             new = torch.cat([old, *tap.recent])[-tap.remember :]
             if len(new) == len(old):
                 new = torch.where(finite, new, old)
+            elif not bool(finite):  # only until 4 r rows have been seen
+                new = old
             self.seen.append(new)
             tap.recent = []
 

@@ -210,6 +210,8 @@ def _why_not(p: nn.Parameter, owners: list[tuple[str, nn.Module, str]], block: s
         return f"{'norm' if is_norm(module) else attribute} of {kind}: only weights are credited"
     if _matrix_kind(module, attribute) not in ("Linear", "Conv1D"):
         return f"{kind} is no Linear or Conv1D that runs its own forward"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{kind} computes its product by code of its own"
     if block is None:
         return "outside the model's blocks"
     if len(owners) > 1:

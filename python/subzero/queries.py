@@ -279,6 +279,8 @@ class ActivationEvaluator:
         padded = not bool(micro.grid.real.all()) if len(self._checked) < 2 else True
         if padded in self._checked or len(self._checked) == 2:
             return True
+        if not bool(torch.isfinite(clean[micro.valid]).all()):
+            return True  # nothing to compare with, and the step will be skipped
         none = torch.zeros(0, dtype=torch.int64, device=rng.device)
         rows = NoisyRows(self._decoder.rows, none, none)  # type: ignore[union-attr]
         self.path.begin(Pass(1, False, none, {"main": rows}, eps, rng))

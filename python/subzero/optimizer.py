@@ -246,6 +246,15 @@ class SubZero(torch.optim.Optimizer):
                 self._queries.clean_rows(micro, objective, rng)
             self._weights.align_kept(self.window)
 
+    def evaluate_whole_groups(self, why: str) -> None:
+        """From now on every query runs the whole batch, also where it could cost a row.
+
+        For comparisons; ``plan()`` shows ``why``. Activation noise only.
+        """
+        if not self.options.activation:
+            raise ValueError("evaluate_whole_groups: expected noise='activation', got 'weight'")
+        self._queries.evaluate_whole_groups(why)
+
     def export_lora(self, folder: str | os.PathLike[str]) -> None:
         """The current window as a PEFT LoRA adapter: form right of activation noise.
 

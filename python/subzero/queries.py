@@ -101,6 +101,11 @@ class ActivationEvaluator:
         self._decoder = None if plan.whole_groups else RowDecoder(model, plan)
         self._checked: set[bool] = set()
 
+    def evaluate_whole_groups(self, why: str) -> None:
+        """No query costs a row any more."""
+        self.plan.whole_groups = why
+        self._decoder = None
+
     def bind(self, batch: Any, objective: Any, positions: Any) -> list[Micro]:
         """Check what the user passed, before anything is touched."""
         if objective is None:
@@ -124,11 +129,12 @@ class ActivationEvaluator:
         examples = batch_size(batch)
         if isinstance(objective, LogitsLoss):
             batch = objective.prepare(self.model, batch)
+        named = self._with_decoder_tokens(batch)
+        grid = main_grid(named, examples, first)
+        if isinstance(objective, LogitsLoss):
             scored: Tensor | None = objective.scored(batch, positions)
-            grid = main_grid(batch, examples, first)
         else:
-            grid = main_grid(batch, examples, first)
-            scored = scored_positions(batch, examples, grid, positions)
+            scored = scored_positions(named, examples, grid, positions)
         if scored is None and self.options.where == "loss":
             raise ValueError(
                 "positions: expected a mask of the tokens the loss reads, or labels for them, with "
@@ -141,8 +147,21 @@ class ActivationEvaluator:
         noisy = grid.real if self.options.where == "all" else scored
         assert noisy is not None
         index, valid = compact(grid.real if scored is None else scored)
-        source = encoder_grid(batch, examples, first) if self.options.where == "all" else None
+        source = encoder_grid(named, examples, first) if self.options.where == "all" else None
         return Micro(batch, examples, grid, noisy, source, scored, index, valid)
+
+    def _with_decoder_tokens(self, batch: Any) -> Any:
+        """The batch with a decoder's tokens by name: an encoder-decoder makes them of its labels.
+
+        The objective gets the batch as it came; only the shape matters here.
+        """
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "is_encoder_decoder", False) or not isinstance(batch, Mapping):
+            return batch
+        labels = batch.get("labels")
+        if "decoder_input_ids" in batch or not isinstance(labels, Tensor) or labels.dim() != 2:
+            return batch
+        return {**batch, "decoder_input_ids": labels}
 
     def evaluate(self, micros: list[Micro], objective: Any, eps: float, rng: Tensor) -> Outcome:
         """All losses of the step; the taps keep the clean rows."""
@@ -157,13 +176,19 @@ class ActivationEvaluator:
         return self._weigh(micros, eps)
 
     def clean_rows(self, micro: Micro, objective: Any, rng: Tensor) -> None:
-        """A plain forward during which the taps keep their rows."""
+        """A plain forward during which the taps keep their rows, whole: no V projects them."""
         none = torch.zeros(0, dtype=torch.int64, device=rng.device)
+        taps = list(self.path.taps.values())
+        bases = [tap.basis for tap in taps]
+        for tap in taps:
+            tap.basis = None
         self.path.begin(Pass(1, True, none, micro.axes(), 0.0, rng))
         try:
             self._losses(micro, objective, 1)
         finally:
             self.path.begin(None)
+            for tap, basis in zip(taps, bases, strict=True):
+                tap.basis = basis
 
     # whole groups
 
@@ -290,8 +315,7 @@ class ActivationEvaluator:
             reason = f"decoding on its cache failed: {type(error).__name__}: {error}"
         self._checked.add(padded)
         if reason:
-            self.plan.whole_groups = reason
-            self._decoder = None
+            self.evaluate_whole_groups(reason)
         return not reason
 
     # from losses to weights

@@ -66,7 +66,7 @@ def why_whole_groups(model: nn.Module, plan: CreditPlan, where: str) -> str:
 class _Attention:
     """What the attention of a decoding pass sees beside its own rows."""
 
-    keys: list[tuple[Tensor, Tensor]]
+    keys: dict[int, tuple[Tensor, Tensor]]  # by the attention's layer_idx
     prefix: Tensor  # (B, L, T) bool: cached tokens a row may attend to, before any window
     own: Tensor  # (B, L, L) bool: rows of the same query it may attend to
     first: Tensor  # (B,) index of the first row
@@ -158,9 +158,7 @@ class RowDecoder:
     @contextmanager
     def recording(self, grid: Grid, scored: Tensor) -> Iterator[dict[str, Any]]:
         """Around the clean forward: what to pass to the model; then ``rows`` decodes on it."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()  # without a config it keeps every token, sliding windows too
+        cache = _recorder()
         hidden: list[Tensor] = []
         kind: list[Any] = []
 
@@ -178,8 +176,7 @@ class RowDecoder:
         finally:
             for handle in handles:
                 handle.remove()
-        layers: list[Any] = list(cache.layers)
-        self._cache: list[tuple[Tensor, Tensor]] = [(la.keys, la.values) for la in layers]
+        self._cache: dict[int, tuple[Tensor, Tensor]] = cache.kept
         self._rest = kind[0] if kind else None
         self._first, self._length = span(scored)
         at = self._first[:, None] + torch.arange(self._length, device=scored.device)
@@ -209,7 +206,7 @@ class RowDecoder:
 
     def chunk(self) -> int:
         """How many queries to decode at a time."""
-        key = self._cache[-1][0]
+        key = next(iter(self._cache.values()))[0]
         heads = max(getattr(c.get_text_config(), "num_attention_heads", 1) for c in self._configs)
         scores = self.rows * heads * (key.shape[2] + self._length)
         return max(1, min(_CHUNK_ROWS // self.rows, _CHUNK_SCORES // scores))
@@ -275,8 +272,27 @@ class RowDecoder:
 
     def forget(self) -> None:
         """Let the cache go."""
-        self._cache, self._hidden = [], torch.zeros(0)
+        self._cache, self._hidden = {}, torch.zeros(0)
         self._attention = None  # type: ignore[assignment]
+
+
+def _recorder() -> Any:
+    """A cache for one forward that keeps every layer's keys and values as they come: not copied,
+    and whole where a layer has a sliding window."""
+    from transformers import DynamicCache
+
+    class Recorder(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def update(  # type: ignore[override]
+            self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            self.kept[layer_idx] = key, value
+            return key, value
+
+    return Recorder()
 
 
 _REAL = frozenset({"opt", "biogpt", "xglm"})

@@ -180,7 +180,13 @@ def last_positions(batch: Mapping[str, Tensor]) -> Tensor:
 def next_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Real tokens whose successor is a real token of the same sequence, bool (examples, tokens)."""
     ids = batch["input_ids"]
-    grid = make_grid(*ids.shape, ids.device, batch.get("attention_mask"), batch.get("position_ids"))
+    grid = make_grid(
+        ids.shape[0],
+        ids.shape[1],
+        ids.device,
+        batch.get("attention_mask"),
+        batch.get("position_ids"),
+    )
     mask = torch.zeros_like(grid.real)
     mask[:, :-1] = (
         grid.real[:, :-1] & grid.real[:, 1:] & (grid.example[:, :-1] == grid.example[:, 1:])

@@ -208,7 +208,7 @@ def test_block_credit(form: str) -> None:
 
 
 def test_variance_is_that_of_the_table() -> None:
-    """One noisy linear, a loss an example: V = (m + 1) Q / (K B), as docs/activation-noise.md has."""
+    """One noisy linear, a loss an example: V = (m + 1) Q / (K B), the table of the docs."""
     model = tiny()
     for name, p in model.named_parameters():
         p.requires_grad_(name == f"{BLOCK}mlp.down_proj.weight")

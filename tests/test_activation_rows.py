@@ -362,8 +362,28 @@ def test_packed_rows_are_whole_groups() -> None:
     opt.step(b, next_token())
     assert len(calls) == 1 and opt.plan().whole_groups == ""
     calls.clear()
-    opt.step({**b, "position_ids": torch.arange(9).expand(3, -1)}, next_token())
+    one = opt._queries.bind({**b, "position_ids": b["position_ids"][:1]}, next_token(), None)
+    every = opt._queries.bind(b, next_token(), None)
+    assert torch.equal(one[0].grid.ids, every[0].grid.ids) and one[0].grid.sequences == 6
+    opt.step({**b, "position_ids": b["position_ids"][:1]}, next_token())  # one row for all
+    assert len(calls) == 1
+    calls.clear()
+    opt.step({**b, "position_ids": torch.arange(9)[None]}, next_token())
     assert len(calls) == 2
+
+
+def test_an_example_without_a_scored_token() -> None:
+    """It has no noise and no loss that is read; the others are as ever."""
+    opt = optimizer(build("llama", dtype=torch.float64))
+    b = padded("left")
+    mask = scattered(b)
+    mask[1] = False
+    rows, groups = (losses(opt, b, LogitsLoss(squares), mask, whole) for whole in (False, True))
+    close(rows, groups)
+    b = {k: v for k, v in padded("no").items() if k != "labels"}
+    b["attention_mask"][1, 1:] = 0  # one token has no successor
+    rows, groups = (losses(opt, b, next_token(), None, whole) for whole in (False, True))
+    close(rows, groups)
 
 
 def test_one_example_and_answers_of_many_tokens() -> None:

@@ -50,13 +50,15 @@ def make_grid(
 
     Args:
         mask: (rows, tokens), zero on padding; None: everything is real.
-        position_ids: (rows, tokens). Where they start again inside a row, sequences were packed,
-            and each counts as an example of its own.
+        position_ids: (rows or 1, tokens). Where they start again inside a row, sequences were
+            packed, and each counts as an example of its own.
         first: number of the first example.
     """
     real = torch.ones(rows, tokens, dtype=torch.bool, device=device)
     if mask is not None and mask.shape == real.shape:
         real = mask.bool().to(device)
+    if position_ids is not None and position_ids.shape == (1, tokens):
+        position_ids = position_ids.expand(rows, tokens)
     begins = torch.zeros_like(real)
     begins[:, 0] = True
     if position_ids is not None and position_ids.shape == real.shape:

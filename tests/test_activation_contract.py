@@ -185,15 +185,11 @@ def test_weights_keep_their_bits_within_a_window(form: str, family: str) -> None
     linear.register_forward_hook(lambda *_: inside.append(same_bits(model, before)))
     with torch.no_grad():
         plain = model(data()["input_ids"]).logits
-        for seed in range(3):
-            step(opt, seed)
-            opt.step(data(seed=seed) | {"labels": data()["input_ids"]}, token_losses(model))
-            if seed == 0:
-                assert opt.window == 0 and same_bits(model, before)
-                tuned = model(data()["input_ids"]).logits
-                assert (tuned - plain).norm() > 1e-3 * plain.norm()
-            if opt.steps == 2:
-                break
+        step(opt)
+        opt.step(data() | {"labels": data()["input_ids"]}, token_losses(model))
+        assert opt.window == 0 and same_bits(model, before)
+        tuned = model(data()["input_ids"]).logits
+        assert (tuned - plain).norm() > 1e-3 * plain.norm()
     assert inside and all(inside)
     storage = {n: p.data_ptr() for n, p in model.named_parameters()}
     opt.param_groups[0]["weight_decay"] = 0.0
@@ -240,8 +236,6 @@ def test_frozen_parts_and_shared_blocks() -> None:
         for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                   "mlp.gate_proj", "mlp.down_proj")
     }  # fmt: skip
-    for p in model.parameters():
-        p.requires_grad_(True)
 
 
 def test_a_row_of_zeros_has_no_noise_and_no_credit() -> None:

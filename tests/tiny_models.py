@@ -168,6 +168,15 @@ def _mamba() -> nn.Module:
     )
 
 
+def _deepseek() -> nn.Module:
+    """Latent attention: its cache holds no keys of heads."""
+    config = tf.DeepseekV3Config(
+        **{**GROUPED, "num_key_value_heads": 4}, first_k_dense_replace=2, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6,
+    )  # fmt: skip
+    return tf.DeepseekV3ForCausalLM(config)
+
+
 def _olmo2() -> nn.Module:
     return tf.Olmo2ForCausalLM(tf.Olmo2Config(**GROUPED))
 
@@ -195,6 +204,7 @@ MORE = {
     "gptj": _gptj,
     "falcon": _falcon,
     "mamba": _mamba,
+    "deepseek": _deepseek,
     "olmo2": _olmo2,
     "opt post-norm": _opt_post_norm,
 }

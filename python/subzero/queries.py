@@ -311,7 +311,11 @@ class ActivationEvaluator:
         self.path.begin(Pass(1, False, none, {"main": rows}, eps, rng))
         try:
             reason = differs(self._decoded_logits(micro, objective, 1), clean, micro.valid)
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError,
+        ) as error:  # fmt: skip
             reason = f"decoding on its cache failed: {type(error).__name__}: {error}"
         self._checked.add(padded)
         if reason:

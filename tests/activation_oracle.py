@@ -192,10 +192,10 @@ class Oracle:
         self.fold()
         self._draw_u(window)
         for number, s in enumerate(self.sites):
+            if self.form == "full":  # no bases, so nothing to refresh
+                continue
             if self.keep == "reset":
                 s.state = {}
-            if self.form == "full":
-                continue
             old = s.v
             assert s.seen is not None and old is not None
             self._set_v(number, s.seen, window)

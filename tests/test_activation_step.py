@@ -19,8 +19,8 @@ FORMS, CREDITS = ("core", "right", "full"), ("own", "block")
 RULES = ("sgd", "norm", "muon", "momentum", "adam")
 WORDS = [5, 11, 17, 23]
 BASE: dict[str, Any] = dict(eps=1e-3, rank=4, queries=3, seed=7)
-# dyadic, so that fp32 holds them: a factor of the step may be an fp32 number on the device
-LR = dict(sgd=1 / 16, norm=1 / 16, muon=1 / 64, momentum=1 / 32, adam=1 / 512)
+# no number that fp32 holds: every factor of a float64 step is a float64 one
+LR = dict(sgd=0.07, norm=0.06, muon=0.013, momentum=0.03, adam=0.0021)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def freeze_first_block(model: nn.Module) -> None:
             p.requires_grad_(False)
 
 
-def agree(model: nn.Module, oracle: Oracle, start: dict[str, Tensor], tolerance: float) -> None:
+def agree(model: nn.Module, oracle: Oracle, start: dict[str, Tensor]) -> None:
     """Changes agree relative to their own size, and nothing else moved."""
     expected = {s.name: (oracle.effective(s), s.transposed) for s in oracle.sites}
     for name, p in model.named_parameters():
@@ -89,7 +89,7 @@ def agree(model: nn.Module, oracle: Oracle, start: dict[str, Tensor], tolerance:
         wanted = (w.T if transposed else w) - start[name]
         assert wanted.norm() > 1e-6, name
         error = (p.detach() - start[name] - wanted).norm() / wanted.norm()
-        assert error < tolerance, (name, float(error))
+        assert error < 1e-9, (name, float(error))
 
 
 def run(
@@ -131,8 +131,7 @@ def run(
         assert (opt._queries._decoder is not None) == decoded, opt.plan().whole_groups
     opt.fold()
     oracle.fold()
-    # muon's rate is an fp32 number on the device, and its small singular values grow 485 times
-    agree(model, oracle, start, 1e-4 if options["rule"] == "muon" else 1e-9)
+    agree(model, oracle, start)
 
 
 CASES = list(itertools.product(FORMS, RULES, ("example", "token 0", "token 0.7")))
@@ -142,7 +141,7 @@ FAMILIES = ("llama", "gpt2", "opt")
 def options_for(form: str, rule: str, credit: str, **more: Any) -> dict[str, Any]:
     return {
         **BASE, "form": form, "rule": rule, "lr": LR[rule], "credit": credit, "refresh_every": 2,
-        "momentum": 0.75, "betas": (0.75, 0.875), "adam_eps": 1e-6, **more,
+        "momentum": 0.7, "betas": (0.7, 0.9), "adam_eps": 1e-6, **more,
     }  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def test_steps_equal_the_oracle(form: str, rule: str, kind: str) -> None:
     kind, _, discount = kind.partition(" ")
     options = options_for(
         form, rule, CREDITS[number % 2], discount=float(discount or 0),
-        weight_decay=0.25 if number % 4 else 0.0,
+        weight_decay=0.3 if number % 4 else 0.0,
     )  # fmt: skip
     family = FAMILIES[(number // 3) % 3]
     run(family, kind, number // 2 % 2 == 0, options, decoded=True)
@@ -180,7 +179,7 @@ def test_micro_batches(form: str, rule: str, kind: str, logits: bool) -> None:
 @pytest.mark.parametrize("rule", ["momentum", "muon", "adam"])
 def test_state_kept_over_refreshes(form: str, rule: str) -> None:
     """Two refreshes with state_at_refresh="keep"; right turns its momentum into the new basis."""
-    options = options_for(form, rule, "block", state_at_refresh="keep", weight_decay=0.25)
+    options = options_for(form, rule, "block", state_at_refresh="keep", weight_decay=0.3)
     run("llama", "token", True, options, steps=5, like=form != "full")
 
 

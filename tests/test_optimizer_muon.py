@@ -38,32 +38,32 @@ class MuonOracle(Oracle):
 def test_muon_against_oracle(sides: str, queries: int, apply: str) -> None:
     """Matrix and vector over a refresh, with weight decay and a schedule."""
     toy = Toy().double()
-    hyper = dict(momentum=0.75, weight_decay=0.5)
+    hyper = dict(momentum=0.7, weight_decay=0.3)
     oracle = MuonOracle(toy, "norm", sides, queries, window=4, **hyper)
     oracle.w, oracle.b = oracle.w.clone(), oracle.b.clone()  # not the float64 model's own
     start = toy.linear.weight.detach().clone()
     opt = SubZero(
-        toy, lr=0.0625, eps=1e-2, rank=3, refresh_every=4, queries=queries, sides=sides,
+        toy, lr=0.06, eps=1e-2, rank=3, refresh_every=4, queries=queries, sides=sides,
         rule="muon", apply=apply, seed=3, **hyper,
     )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
 
     def objective(x: Tensor) -> Tensor:
         count = x.shape[0] // 5
         return (torch.tanh(toy(x)) - toy.target.repeat(count, 1)).square().mean(1)
 
     for step in range(6):
-        oracle.step(step, 0.0625 * 0.5**step)
+        oracle.step(step, 0.06 / (1 + step))
         opt.step(toy.x, objective)
         scheduler.step()
     opt.fold()
     oracle.fold(5)
     change = (oracle.w - start).norm()
     assert change > 1e-2
-    # losses of weight noise are fp32, and small singular values grow 485 times
-    assert (toy.linear.weight - oracle.w).norm() < 2e-3 * change
+    # losses of weight noise are fp32, and a matrix's small singular values grow 485 times
+    assert (toy.linear.weight - oracle.w).norm() < 1e-3 * change
     bias = (oracle.b - Toy().linear.bias).norm()
-    assert bias > 1e-2 and (toy.linear.bias - oracle.b).norm() < 2e-3 * bias
+    assert bias > 1e-2 and (toy.linear.bias - oracle.b).norm() < 1e-4 * bias
 
 
 def test_muon_sets_the_length_of_a_step() -> None:

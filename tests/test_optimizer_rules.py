@@ -174,6 +174,15 @@ def test_rule_against_oracle(rule: str, sides: str, queries: int, lr: float, app
     ).norm()
 
 
+def test_a_small_decay_is_not_lost() -> None:
+    """1 - lr weight_decay is 1 in fp32; W's own product holds it."""
+    toy = Toy()
+    opt = SubZero(toy, lr=1e-6, rank=RANK, weight_decay=1e-2)
+    for _ in range(3):
+        opt.step(lambda: (toy(toy.x) - toy.target).square().mean())
+    assert opt._weights.decay.item() == pytest.approx((1 - 1e-8) ** 3, abs=1e-15)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_state_at_refresh(keep: bool) -> None:
     toy = Toy()

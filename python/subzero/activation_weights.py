@@ -205,11 +205,16 @@ class ActivationWeights(TrainedWeights):
     # windows and folds
 
     def open_window(self, window: int, state: dict[str, dict[str, Tensor]]) -> None:
-        """New V from the last rows seen; in form right a kept momentum follows: M V_old^T V_new."""
+        """New V from the last rows seen; in form right a kept momentum follows: M V_old^T V_new.
+
+        Form full has no bases: its windows change nothing, and its state goes on.
+        """
+        if self.full is not None:
+            return
         if self.options.state_at_refresh == "reset":
             state["core"].clear()
         self._draw_carriers(window)
-        if self.full is not None or not self.seen:
+        if not self.seen:
             return
         old = [tap.basis for tap in self.taps]
         self.align(self.seen, window)

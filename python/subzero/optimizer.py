@@ -20,7 +20,7 @@ from .losses import Evaluator
 from .objectives import LogitsLoss
 from .plan import Plan, make_plan, one_device
 from .queries import ActivationEvaluator
-from .rules import RULES, Hyper, directional
+from .rules import RULES, Hyper, directional, where
 from .weights import Weights
 
 
@@ -69,7 +69,8 @@ class SubZero(torch.optim.Optimizer):
         momentum: of rules "momentum", as torch.optim.SGD, and "muon".
         betas, adam_eps: of rule "adam".
         weight_decay: decoupled, on matrices only.
-        state_at_refresh: "reset" or "keep" the rule's state of the cores when the bases change.
+        state_at_refresh: "reset" or "keep" the rule's state of the cores when the bases change;
+            form full has none, and always keeps its state.
         fold_rounding: "nearest", "stochastic", or "auto": stochastic for 16-bit weights.
         reshape: "none", "square", "grouped", or "auto": near-square factors for adapter tensors.
 
@@ -347,7 +348,8 @@ class SubZero(torch.optim.Optimizer):
         hyper = Hyper(group["lr"], group["momentum"], group["betas"], group["adam_eps"])
         rule = RULES[self.options.rule]
         if group["weight_decay"]:
-            self._weights.decay_(torch.where(finite, 1 - group["lr"] * group["weight_decay"], 1.0))
+            factor = 1 - group["lr"] * group["weight_decay"]
+            self._weights.decay_(where(finite, factor, 1.0, torch.float64))
         for name, space in self._weights.spaces():
             rule(space, self._rule_state[name], weight, finite, rng, hyper)
 

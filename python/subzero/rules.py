@@ -57,9 +57,9 @@ def momentum(
 ) -> None:
     """As torch.optim.SGD: buffer = momentum buffer + g; value -= lr buffer."""
     buffer = _buffer(space, state, "momentum")
-    buffer.mul_(torch.where(finite, h.momentum, 1.0))
+    buffer.mul_(where(finite, h.momentum, 1.0, buffer.dtype))
     space.add_noise_(buffer, weight, rng)
-    space.subtract_(buffer * torch.where(finite, h.lr, 0.0))
+    space.subtract_(buffer * where(finite, h.lr, 0.0, buffer.dtype))
 
 
 def adam(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor, h: Hyper) -> None:
@@ -73,13 +73,13 @@ def adam(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor
     g = space.zeros()
     space.add_noise_(g, weight, rng, scaled=False)
     beta1, beta2 = h.betas
-    first.lerp_(g, torch.where(finite, 1 - beta1, 0.0).to(g.dtype))
-    second.lerp_(g * g, torch.where(finite, 1 - beta2, 0.0).to(g.dtype))
+    first.lerp_(g, where(finite, 1 - beta1, 0.0, g.dtype))
+    second.lerp_(g * g, where(finite, 1 - beta2, 0.0, g.dtype))
     done = count.clamp_min(1)
     m_hat = first / (1 - beta1**done).to(g.dtype)
     v_hat = second / (1 - beta2**done).to(g.dtype)
     step = space.scale * m_hat / (v_hat.sqrt() + h.adam_eps)
-    space.subtract_(step * torch.where(finite, h.lr, 0.0))
+    space.subtract_(step * where(finite, h.lr, 0.0, g.dtype))
 
 
 def muon(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor, h: Hyper) -> None:
@@ -91,9 +91,9 @@ def muon(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor
     al., arXiv 2502.16982.
     """
     buffer = _buffer(space, state, "momentum")
-    buffer.mul_(torch.where(finite, h.momentum, 1.0))
+    buffer.mul_(where(finite, h.momentum, 1.0, buffer.dtype))
     space.add_noise_(buffer, (1 - h.momentum) * weight, rng)
-    lr = torch.where(finite, 0.2 * h.lr, 0.0)
+    lr = where(finite, 0.2 * h.lr, 0.0, buffer.dtype)
     views = space.views(buffer)
     for members in _stacks(space.shapes):
         if not space.width(members[0]):
@@ -141,6 +141,14 @@ RULES: dict[str, Callable[[Space, State, Tensor, Tensor, Tensor, Hyper], None]] 
     "norm": sgd,
     "muon": muon,
 }
+
+
+def where(finite: Tensor, number: float, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """``number`` in a step that counts, else ``otherwise``: 0-d, and exact to ``dtype``.
+
+    Two plain numbers would give ``torch.where`` an fp32 result.
+    """
+    return torch.where(finite, torch.full_like(finite, number, dtype=dtype), otherwise)
 
 
 def _buffer(space: Space, state: State, name: str) -> Tensor:

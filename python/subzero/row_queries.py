@@ -150,8 +150,6 @@ class RowDecoder:
         configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
         configs = [c for c in configs if hasattr(c, "_attn_implementation")]
         self._configs = list({id(c): c for c in configs}.values())
-        # OPT and its kin count real tokens where positions are not given, all others all tokens
-        self._counts_real = any(getattr(c, "model_type", "") in _REAL for c in self._configs)
 
     # the clean forward
 
@@ -223,12 +221,9 @@ class RowDecoder:
     def inputs(self, batch: Any, queries: int) -> dict[str, Tensor]:
         """What the model's forward gets: tokens and positions of the span, queries times."""
         given = batch.get("position_ids")
+        positions = self._at
         if given is not None:
             positions = take(given.expand(*batch["input_ids"].shape), self._at)
-        elif self._counts_real:
-            positions = take(self._grid.position, self._at)
-        else:
-            positions = self._at
         tokens = take(batch["input_ids"], self._at)
         return {
             "input_ids": tokens.repeat(queries, 1),
@@ -293,9 +288,6 @@ def _recorder() -> Any:
             return key, value
 
     return Recorder()
-
-
-_REAL = frozenset({"opt", "biogpt", "xglm"})
 
 
 def differs(decoded: Tensor, clean: Tensor, valid: Tensor) -> str:

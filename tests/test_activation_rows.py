@@ -64,9 +64,11 @@ def cases() -> list[Case]:
         ("no", LogitsLoss(squares), scattered),
         ("left", label_words(WORDS), None),
         ("left", next_token(), None),
+        ("left", next_token(), scattered),
         ("left", LogitsLoss(squares), scattered),
         ("right", label_words(WORDS), None),
         ("right", LogitsLoss(squares), scattered),
+        ("right", next_token(), scattered),
         ("right", summed, last_of_all),
     ]
 

@@ -268,6 +268,51 @@ def test_positions_of_any_kind(tok, examples):
             assert not losses[1:, 1:].any()
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_next_token_follows_the_positions_of_a_call(tok, examples, side, labelled):
+    """Of the tokens in a mask those that have something to predict."""
+    model = llama(len(tok)).double()
+    batch = batch_of(model, tok, examples, side)
+    real = batch["attention_mask"].bool()
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(real.shape, generator=generator) < 0.5
+    mask[0], mask[1] = False, True
+    if labelled:
+        labels = torch.where(torch.rand(real.shape, generator=generator) < 0.6, 3, -100)
+        batch = {**batch, "labels": labels}
+    targets = F.pad((labels if labelled else batch["input_ids"])[:, 1:], (0, 1), value=-100)
+    aim = targets != -100 if labelled else F.pad((real[:, 1:] & real[:, :-1]), (0, 1))
+    objective = next_token()
+    scored = objective.scored(batch, mask)
+    assert torch.equal(scored, mask & aim & real) and scored.any() and not scored[0].any()
+    with torch.no_grad():
+        losses = objective(model, batch, mask)
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    every = F.cross_entropy(logits.transpose(1, 2), targets.clamp(min=0), reduction="none")
+    for row, full, chosen in zip(losses, every, scored, strict=True):
+        count = int(chosen.sum())
+        assert torch.allclose(row[:count], full[chosen], rtol=0, atol=1e-9)
+        assert not row[count:].any()
+    with torch.no_grad():  # fn itself reads what the batch names
+        own = objective.fn(objective.logits(model, batch), batch)
+        whole = objective(model, batch)
+    assert torch.equal(own.masked_fill(whole == 0, 0), whole)
+    with pytest.raises(ValueError, match="positions: .*a real successor"):
+        objective(model, batch, ~aim)
+
+
+def test_next_token_of_decoder_inputs():
+    """Without labels: the decoder's own tokens, not the source's."""
+    model = build("t5").double()
+    source, ids = torch.arange(2, 16).view(2, 7), torch.arange(20, 30).view(2, 5)
+    with torch.no_grad():
+        losses = next_token()(model, {"input_ids": source, "decoder_input_ids": ids})
+        logits = model(input_ids=source, decoder_input_ids=ids).logits[:, :-1]
+    want = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    assert torch.allclose(losses, want, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_the_model_is_left_as_it_was(tok, examples, words, own):
     model = llama(len(tok))
@@ -306,6 +351,11 @@ def test_errors(tok, examples):
         loss(model, plain, torch.ones(12, 2))
     with pytest.raises(ValueError, match="at least one real token"):
         loss(model, plain, torch.zeros_like(batch["input_ids"]))
+    source = {"input_ids": batch["input_ids"] % 96, "labels": batch["labels"]}
+    with pytest.raises(
+        ValueError, match=r"labels: expected \(examples, tokens\).*got shape \(12,\)"
+    ):
+        next_token()(build("t5"), source)
     with pytest.raises(ValueError, match="expected decoder_input_ids or labels"):
         next_token()(build("t5"), {"input_ids": batch["input_ids"] % 96})
 

@@ -127,6 +127,10 @@ KINDS: dict[str, tuple[Any, Any, Any]] = {
         lambda m: next_token(), lambda b: None,
         lambda m, b: real_successors(successors(m, b), b),
     ),
+    "next token and positions": (
+        lambda m: next_token(), mask_of,
+        lambda m, b: masked(successors(m, b), b),
+    ),
     "logits and positions": (
         lambda m: LogitsLoss(squares), mask_of,
         lambda m, b: masked(
@@ -184,6 +188,31 @@ def test_losses_of_logits_and_tokens(kind: str, micros: int) -> None:
         change = p.detach().double() - before[name].double()
         tolerance = 5e-3 * expected.norm() + 1e-7 * before[name].norm()
         assert (change - expected).norm() <= tolerance, name
+
+
+def test_token_losses_of_an_encoder_decoder() -> None:
+    """The token axis is the decoder's, whose input the model makes of the labels."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randint(2, 96, (3, 7), generator=generator)
+    labels = torch.randint(2, 96, (3, 5), generator=generator)
+    labels[1, 3:] = -100
+    b = {"input_ids": source, "labels": labels}
+    changed = []
+    for by_token in (True, False):
+        model = build("t5")
+
+        def losses(part: dict[str, Tensor], model: nn.Module = model) -> Tensor:
+            logits = model(**part).logits.transpose(1, 2)
+            return F.cross_entropy(logits, part["labels"].clamp(min=0), reduction="none")
+
+        opt = SubZero(model, lr=LR, eps=EPS, rank=RANK)
+        if by_token:
+            loss = opt.step(b, losses)
+        else:
+            loss = opt.step(lambda losses=losses: losses(b)[labels != -100].mean())
+        opt.fold()
+        changed.append(torch.cat([loss[None], *(p.detach().flatten() for p in model.parameters())]))
+    torch.testing.assert_close(changed[0], changed[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_loss_outside_the_positions_is_not_read() -> None:

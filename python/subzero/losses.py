@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .groups import SharedPrefix, batch_size, repeat_batch
 from .objectives import LogitsLoss
 from .plan import DENSE, SIDE
-from .rows import main_grid, scored_positions
+from .rows import main_grid, scored_positions, with_decoder_tokens
 from .side_path import DenseValue, GroupsDiffer, LowRank
 from .weights import Weights
 
@@ -58,7 +58,10 @@ class Evaluator:
         if isinstance(objective, LogitsLoss):
             batch = objective.prepare(self.model, batch)
             return batch, objective.scored(batch, positions)
-        return batch, scored_positions(batch, examples, main_grid(batch, examples, 0), positions)
+        named = with_decoder_tokens(self.model, batch)
+        grid = main_grid(named, examples, 0)
+        scored = scored_positions(named, examples, grid, positions)
+        return batch, grid.real if scored is None and grid is not None else scored
 
     def _closure(self, closure: Callable[[], Any], signs: Signs) -> Tensor:
         device = self.weights.decay.device
@@ -104,9 +107,6 @@ class Evaluator:
             width = int(scored.sum(1).max())
         else:
             losses = objective(repeated)
-            grid = main_grid(batch, examples, 0)
-            if scored is None and grid is not None:
-                scored = grid.real
             width = 0 if scored is None else scored.shape[1]
         rows = groups * examples
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

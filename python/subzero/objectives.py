@@ -73,6 +73,12 @@ class LogitsLoss:
                     "batch: expected decoder_input_ids or labels for an encoder-decoder, got "
                     f"{sorted(batch)}; add one of them"
                 )
+            if batch["labels"].dim() != 2:
+                raise ValueError(
+                    "labels: expected (examples, tokens) for an encoder-decoder, whose input they "
+                    f"become, got shape {tuple(batch['labels'].shape)}; give class labels beside "
+                    "decoder_input_ids"
+                )
             return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
         return batch
 
@@ -92,8 +98,12 @@ class LogitsLoss:
         """Losses (examples,), or (examples, P) with zeros beyond an example's own."""
         batch = self.prepare(model, batch)
         index, valid = compact(self.scored(batch, positions))
-        losses = self.fn(logits_at(model, batch, index, self.tokens), batch)
+        losses = self.losses(logits_at(model, batch, index, self.tokens), batch, index)
         return losses.masked_fill(~valid, 0) if losses.shape == valid.shape else losses
+
+    def losses(self, logits: Tensor, batch: Any, index: Tensor) -> Tensor:
+        """fn's losses of logits at ``index`` (examples, P), the positions of this call."""
+        return self.fn(logits, batch)
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         """Logits at the scored positions, (examples, P, vocabulary or tokens)."""
@@ -123,33 +133,64 @@ def next_token() -> LogitsLoss:
         loss_bt = -log softmax(logits_bt)[token_b(t+1)]
 
     Read at every real token that has a successor, or, where the batch has labels for its tokens,
-    before labels other than -100. Padding on either side and packed sequences are understood.
+    before labels other than -100; of these at those in the mask that ``step`` is given, if any.
+    Padding on either side and packed sequences are understood.
     """
+    return _NextToken()
 
-    def positions(batch: Any) -> Tensor:
-        labelled = labelled_positions(batch)
-        return next_positions(batch) if labelled is None else labelled
 
-    def loss(logits: Tensor, batch: Any) -> Tensor:
-        labels = token_labels(batch)
-        targets = batch["input_ids"] if labels is None else labels
-        if "decoder_input_ids" not in batch:
-            targets = targets.roll(-1, 1)
-        index, _ = compact(_real(batch, positions(batch)))
-        targets = take(targets, index.to(targets.device)).clamp(min=0).to(logits.device)
+class _NextToken(LogitsLoss):
+    """fn gets its targets in the batch, since they follow the positions of each call."""
+
+    def __init__(self) -> None:
+        super().__init__(self._cross_entropy, _before_a_target)
+
+    def scored(self, batch: Any, positions: Tensor | None = None) -> Tensor:
+        own = super().scored(batch)
+        if positions is None:
+            return own
+        mask = super().scored(batch, positions) & own
+        if not bool(mask.any()):
+            raise ValueError(
+                "positions: expected at least one token with a real successor, or before a label "
+                "other than -100, got none; mark the token in front of one that is predicted"
+            )
+        return mask
+
+    def losses(self, logits: Tensor, batch: Any, index: Tensor) -> Tensor:
+        return self.fn(logits, {**batch, _TARGETS: _next_tokens(batch, index)})
+
+    def _cross_entropy(self, logits: Tensor, batch: Any) -> Tensor:
+        targets = batch.get(_TARGETS)
+        if targets is None:  # called by itself, on logits at its own positions
+            targets = _next_tokens(batch, compact(self.scored(batch))[0])
         # a few rows at a time: the fp32 log-softmax is as large as the logits themselves
         parts = [
             F.cross_entropy(at_least_fp32(some).transpose(1, 2), target, reduction="none")
-            for some, target in zip(logits.split(16), targets.split(16), strict=True)
+            for some, target in zip(
+                logits.split(16), targets.to(logits.device).split(16), strict=True
+            )
         ]
         return torch.cat(parts)
 
-    return LogitsLoss(loss, positions)
+
+_TARGETS = "next_token_targets"
 
 
-def _real(batch: Any, mask: Tensor) -> Tensor:
-    grid = main_grid(batch, batch_size(batch), 0)
-    return mask if grid is None else mask & grid.real
+def _next_tokens(batch: Any, index: Tensor) -> Tensor:
+    """What is predicted at ``index`` (examples, P)."""
+    labels = token_labels(batch)
+    decoder = "decoder_input_ids" in batch
+    if labels is None:
+        labels = batch["decoder_input_ids" if decoder else "input_ids"].roll(-1, 1)
+    elif not decoder:  # a decoder's input is its labels shifted already
+        labels = labels.roll(-1, 1)
+    return take(labels, index.to(labels.device)).clamp(min=0)
+
+
+def _before_a_target(batch: Any) -> Tensor:
+    labelled = labelled_positions(batch)
+    return next_positions(batch) if labelled is None else labelled
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ gets is w / (K examples) for each row, or w / (K scored tokens).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from .rows import (
     make_grid,
     scored_positions,
     take,
+    with_decoder_tokens,
 )
 
 SPREAD_RULES = ("norm", "muon", "adam")
@@ -53,8 +54,8 @@ class Micro:
     scored: Tensor | None
     index: Tensor
     valid: Tensor
-    clean: Tensor = torch.zeros(0)
-    differences: Tensor = torch.zeros(0)
+    clean: Tensor = field(init=False, repr=False)
+    differences: Tensor = field(init=False, repr=False)
 
     @property
     def by_token(self) -> bool:
@@ -129,7 +130,7 @@ class ActivationEvaluator:
         examples = batch_size(batch)
         if isinstance(objective, LogitsLoss):
             batch = objective.prepare(self.model, batch)
-        named = self._with_decoder_tokens(batch)
+        named = with_decoder_tokens(self.model, batch)
         grid = main_grid(named, examples, first)
         if isinstance(objective, LogitsLoss):
             scored: Tensor | None = objective.scored(batch, positions)
@@ -149,19 +150,6 @@ class ActivationEvaluator:
         index, valid = compact(grid.real if scored is None else scored)
         source = encoder_grid(named, examples, first) if self.options.where == "all" else None
         return Micro(batch, examples, grid, noisy, source, scored, index, valid)
-
-    def _with_decoder_tokens(self, batch: Any) -> Any:
-        """The batch with a decoder's tokens by name: an encoder-decoder makes them of its labels.
-
-        The objective gets the batch as it came; only the shape matters here.
-        """
-        config = getattr(self.model, "config", None)
-        if not getattr(config, "is_encoder_decoder", False) or not isinstance(batch, Mapping):
-            return batch
-        labels = batch.get("labels")
-        if "decoder_input_ids" in batch or not isinstance(labels, Tensor) or labels.dim() != 2:
-            return batch
-        return {**batch, "decoder_input_ids": labels}
 
     def evaluate(self, micros: list[Micro], objective: Any, eps: float, rng: Tensor) -> Outcome:
         """All losses of the step; the taps keep the clean rows."""
@@ -258,8 +246,8 @@ class ActivationEvaluator:
                 logits = logits_at(self.model, micro.batch, micro.index, objective.tokens, **extra)
             if self._reproduces(micro, objective, logits, eps, rng):
                 clean = self._shaped(
-                    objective.fn(logits, micro.batch), micro, 1, micro.index.shape[1],
-                    "scored positions",
+                    objective.losses(logits, micro.batch, micro.index), micro, 1,
+                    micro.index.shape[1], "scored positions",
                 )[0]  # fmt: skip
                 rows = NoisyRows(
                     decoder.rows, decoder.index(micro.scored), micro.axes()["main"].ids
@@ -283,7 +271,9 @@ class ActivationEvaluator:
     def _decode(self, micro: Micro, objective: LogitsLoss, queries: int) -> Tensor:
         """Losses of some queries, (queries, B) or (queries, B, P)."""
         logits = self._decoded_logits(micro, objective, queries)
-        losses = objective.fn(logits, repeat_batch(micro.batch, queries))
+        losses = objective.losses(
+            logits, repeat_batch(micro.batch, queries), micro.index.repeat(queries, 1)
+        )
         return self._shaped(losses, micro, queries, micro.index.shape[1], "scored positions")
 
     def _decoded_logits(self, micro: Micro, objective: LogitsLoss, queries: int) -> Tensor:
@@ -364,7 +354,10 @@ class ActivationEvaluator:
         return Outcome(clean.mean(), finite, weight, ids)
 
     def _later_tokens(self, micro: Micro) -> Tensor:
-        """(K, B, T): each token's difference plus discount^distance times those of later tokens."""
+        """(K, B, T): each token's difference plus discount^distance times those of later tokens.
+
+        A discount above 0 takes a few temporary tensors (B, T, T), one weight for each pair.
+        """
         grid, discount = micro.grid, self.options.discount
         full = micro.differences.new_zeros(len(micro.differences), *grid.real.shape)
         full[:, micro.reads] = micro.differences[:, micro.valid]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 POSITION_BITS = 20
 
@@ -87,6 +87,20 @@ def main_grid(batch: Any, examples: int, first: int) -> Grid | None:
                 examples, tokens.shape[1], tokens.device, batch.get(mask), positions, first
             )
     return None
+
+
+def with_decoder_tokens(model: nn.Module, batch: Any) -> Any:
+    """The batch with a decoder's tokens by name: an encoder-decoder makes them of its labels.
+
+    Only their shape matters, to grids and masks; objectives get the batch as it came.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not isinstance(batch, Mapping):
+        return batch
+    labels = batch.get("labels")
+    if "decoder_input_ids" in batch or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return batch
+    return {**batch, "decoder_input_ids": labels}
 
 
 def encoder_grid(batch: Any, examples: int, first: int) -> Grid | None:
@@ -181,14 +195,8 @@ def last_positions(batch: Mapping[str, Tensor]) -> Tensor:
 
 def next_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Real tokens whose successor is a real token of the same sequence, bool (examples, tokens)."""
-    ids = batch["input_ids"]
-    grid = make_grid(
-        ids.shape[0],
-        ids.shape[1],
-        ids.device,
-        batch.get("attention_mask"),
-        batch.get("position_ids"),
-    )
+    grid = main_grid(batch, len(batch["input_ids"]), 0)
+    assert grid is not None
     mask = torch.zeros_like(grid.real)
     mask[:, :-1] = (
         grid.real[:, :-1] & grid.real[:, 1:] & (grid.example[:, :-1] == grid.example[:, 1:])

@@ -251,6 +251,23 @@ def test_resume_before_the_first_step(form: str, based: bool) -> None:
     assert same_bits(other, snapshot(model))
 
 
+def without(state: dict[str, Any], kind: str) -> None:
+    tensors = state["tensors"]
+    state["tensors"] = {n: v for n, v in tensors.items() if not n.startswith(kind)}
+
+
+@pytest.mark.parametrize("name", ["basis.0", "seen.0"])
+def test_form_full_takes_no_bases(name: str) -> None:
+    opt = SubZero(build("llama"), **{**BASE, "form": "full"})
+    step(opt)
+    state = opt.state_dict()
+    credit = opt._weights.taps[0].credit
+    shape = (credit.n, credit.rank) if name == "basis.0" else (3, credit.n)
+    state["tensors"][name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=f"expected no tensor {name}"):
+        opt.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -260,9 +277,14 @@ def test_resume_before_the_first_step(form: str, based: bool) -> None:
         (lambda s: s["tensors"].update({"basis.99": torch.zeros(32, 3)}), "basis.99"),
         (lambda s: s["tensors"].update({"core.momentum": torch.zeros(3)}), "core.momentum"),
         (lambda s: s["parameters"][0].__setitem__(3, "side"), "parameter"),
+        (lambda s: s["tensors"].pop("basis.1"), "expected the tensor basis.1"),
+        (lambda s: s["tensors"].pop("basis.0"), "expected the tensor basis.0"),
+        (lambda s: s["tensors"].pop("seen.2"), "expected the tensor seen.2"),
+        (lambda s: without(s, "basis"), "expected the tensor basis.0"),
     ],
 )
 def test_a_foreign_state_changes_nothing(change: Any, message: str) -> None:
+    """Nor does one that lacks what belongs to it."""
     model = build("llama")
     opt = SubZero(model, **{**BASE, "form": "right", "rule": "momentum"})
     step(opt)

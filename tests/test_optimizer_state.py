@@ -139,6 +139,7 @@ def test_loading_weights_from_outside_starts_from_them() -> None:
         (lambda s: s["parameters"][1].__setitem__(0, "other.weight"), "other.weight"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "lr"),
         (lambda s: s["tensors"].update({"core.momentum": torch.zeros(3)}), "core.momentum"),
+        (lambda s: s["tensors"].pop("dense.value"), "expected the tensor dense.value"),
     ],
 )
 def test_a_foreign_state_changes_nothing(change: Any, message: str) -> None:

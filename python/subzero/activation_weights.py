@@ -9,7 +9,7 @@ V is the top right-singular vectors of the rows a linear sees: of the first step
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -258,12 +258,23 @@ class ActivationWeights(TrainedWeights):
     def expects(self, name: str, value: Tensor) -> bool:
         """Whether it is a basis, or rows, of one of the credited linears."""
         kind, _, number = name.partition(".")
-        if kind not in ("basis", "seen") or not number.isdigit() or int(number) >= len(self.taps):
+        if self.full is not None or kind not in ("basis", "seen") or not number.isdigit():
+            return False
+        if number != str(int(number)) or int(number) >= len(self.taps):
             return False
         credit: Credit = self.taps[int(number)].credit
         if kind == "basis":
             return tuple(value.shape) == (credit.n, credit.rank)
         return value.dim() == 2 and value.shape[1] == credit.n
+
+    def missing(self, names: Collection[str]) -> str:
+        """Bases are saved of all linears or of none, and rows with them."""
+        for kind, implied in (("basis", ("basis", "seen")), ("seen", ("seen",))):
+            wanted = [f"{kind}.{i}" for i in range(len(self.taps))]
+            absent = [name for name in wanted if name not in names]
+            if absent and any(name.partition(".")[0] in implied for name in names):
+                return absent[0]
+        return ""
 
     def resume(self, window: int, tensors: dict[str, Tensor]) -> None:
         """Bases and rows as saved; none where no step had come."""

@@ -83,6 +83,12 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
             raise ValueError(
                 f"state_dict: expected no tensor {name} of shape {tuple(value.shape)} here"
             )
+    missing = weights.missing(saved["tensors"].keys())
+    if missing:
+        raise ValueError(
+            f"state_dict: expected the tensor {missing} beside {sorted(saved['tensors'])}, got "
+            "none; pass all of what state_dict() gave"
+        )
     group = {k: v for k, v in saved["param_groups"][0].items() if k != "params"}
     options.check_group({k: group[k] for k in GROUP})
 

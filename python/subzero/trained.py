@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ class TrainedWeights(ABC):
     @abstractmethod
     def expects(self, name: str, value: Tensor) -> bool:
         """Whether a saved tensor of this name and shape belongs here."""
+
+    @abstractmethod
+    def missing(self, names: Collection[str]) -> str:
+        """A tensor that belongs with the saved ones of these names and is not there, or ''."""
 
     @abstractmethod
     def decay_(self, factor: Tensor) -> None:

@@ -7,7 +7,7 @@ to the weights themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +102,10 @@ class Weights(TrainedWeights):
         """Whether these are masters of as many numbers."""
         held = self.tensors().get(name)
         return held is not None and held.shape == value.shape
+
+    def missing(self, names: Collection[str]) -> str:
+        """The masters, where there are any."""
+        return next((name for name in self.tensors() if name not in names), "")
 
     def draw_bases(self, window: int) -> None:
         """U and V of every matrix: QR of the contract's normals, draw = index of the window."""

@@ -280,3 +280,15 @@ def test_export_needs_form_right(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without an adapter"):
         opt.export_lora(tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_export_that_fails_says_so_in_its_own_words(tmp_path: Path) -> None:
+    """An OSError that names no option of a command, and leaves the folder as it was."""
+    opt = SubZero(build("llama"), **{**BASE, "form": "right"})
+    step(opt)
+    (tmp_path / "file").write_text("kept")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="^export_lora: the adapter could not be written to .*fi"):
+            opt.export_lora(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .activation_weights import ActivationWeights
-from .checkpoint import write_folder
+from .checkpoint import fill_folder, reason
 
 if TYPE_CHECKING:
     from .optimizer import SubZero
@@ -53,4 +53,10 @@ def export_lora(opt: SubZero, folder: Path) -> None:
         config.save_pretrained(str(partial))
         save_file(tensors, partial / "adapter_model.safetensors")
 
-    write_folder(folder, write, overwrite=True)
+    try:
+        fill_folder(folder, write, overwrite=True)
+    except Exception as error:
+        raise OSError(
+            f"export_lora: the adapter could not be written to {folder.absolute()}: "
+            f"{reason(error)}; what was there is as before"
+        ) from error

@@ -40,13 +40,27 @@ def check_output(folder: Path, overwrite: bool, needed: int = 0) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+    """``fill_folder`` for commands.
+
+    Raises:
+        CommandError: whatever kept the result from being written (a full disk, say), exit code 1.
+    """
+    try:
+        fill_folder(folder, write, overwrite)
+    except Exception as error:
+        # safetensors, matplotlib and json report a full disk each in its own way.
+        raise CommandError(
+            f"--output: the result could not be written to {folder.absolute()}: {reason(error)}; "
+            "nothing was left there, put that right and run the command again",
+            code=1,
+        ) from error
+
+
+def fill_folder(folder: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
     """``write(temporary)`` fills a folder beside ``folder``, which then takes its name.
 
     If writing fails nothing is left: neither the temporary folder nor part of the result, and
     what was at ``folder`` is as before.
-
-    Raises:
-        CommandError: whatever kept the result from being written (a full disk, say), exit code 1.
     """
     folder = folder.absolute()
     made = _missing_parents(folder)
@@ -57,14 +71,6 @@ def write_folder(folder: Path, write: Callable[[Path], None], overwrite: bool = 
         write(partial)
         partial.chmod(0o777 & ~_umask())
         _replace(partial, folder, overwrite)
-    except Exception as error:
-        # safetensors, matplotlib and json report a full disk each in its own way.
-        _remove(partial, made)
-        raise CommandError(
-            f"--output: the result could not be written to {folder}: {_reason(error)}; nothing was "
-            "left there, put that right and run the command again",
-            code=1,
-        ) from error
     except BaseException:
         _remove(partial, made)
         raise
@@ -101,7 +107,8 @@ def _remove(partial: Path | None, made: list[Path]) -> None:
             return
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

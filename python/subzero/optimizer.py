@@ -265,6 +265,7 @@ class SubZero(torch.optim.Optimizer):
 
         Raises:
             ValueError: another form or noise, no step yet, a model that carries an adapter.
+            OSError: the folder could not be written; what was there is as before.
         """
         export_lora(self, Path(folder))
 

@@ -62,15 +62,15 @@ _WHOLE: Choice = dict(queries=4, whole_groups=True)
 _TOKENS: dict[int, list[Choice]] = {0: lrs(5e-3, 1e-2, 2e-2), 2000: lrs(2e-3, 5e-3, 1e-2)}
 
 METHODS: dict[str, Method] = {
-    "mezo": Method("mezo", dict(eps=1e-3), {0: lrs(1e-6, 3e-6, 1e-5, 3e-5)}),
-    "weight-sgd": Method("subzero", dict(rank=64), {0: lrs(3e-6, 1e-5, 3e-5)}),
+    "mezo": Method("mezo", dict(eps=1e-3), {0: lrs(1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}),
+    "weight-sgd": Method("subzero", dict(rank=64), {0: lrs(3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}),
     "weight-norm": Method(
         "subzero", dict(rank=16, rule="norm", queries=8, sides="one"),
         {0: lrs(1e-2, 3e-2, 1e-1), 2000: lrs(1e-2, 3e-2)},
     ),
     "weight-muon": Method(
         "subzero", dict(rank=16, rule="muon", queries=8, sides="one"),
-        {0: lrs(1e-3, 3e-3, 1e-2), 2000: lrs(1e-3, 3e-3)},
+        {0: lrs(1e-3, 3e-3, 1e-2, 3e-2), 2000: lrs(1e-3, 3e-3, 1e-2)},
     ),
     "core-whole": Method(
         "subzero", _CORE | _WHOLE, {0: lrs(1e-2, 2e-2), 2000: lrs(5e-3, 1e-2)}, _TOKENS,
@@ -96,9 +96,9 @@ METHODS: dict[str, Method] = {
         {0: lrs(1e-2, 2e-2), 300: lrs(7e-3, modules="all") + lrs(7e-3, queries=64),
          2000: lrs(2e-3, 5e-3, modules="all", queries=64) + lrs(3e-3, queries=64)},
     ),
-    "adamw": Method("adamw", {}, {0: lrs(1e-5, 3e-5, 1e-4), 2000: lrs(1e-5, 3e-5)}),
+    "adamw": Method("adamw", {}, {0: lrs(1e-5, 3e-5, 1e-4, 3e-4), 2000: lrs(1e-5, 3e-5)}),
     "adamw-lora": Method(
-        "lora", dict(rank=16), {0: lrs(3e-4, 1e-3, 3e-3), 2000: lrs(1e-4, 3e-4, 1e-3)}
+        "lora", dict(rank=16), {0: lrs(3e-4, 1e-3, 3e-3, 1e-2), 2000: lrs(1e-4, 3e-4, 1e-3)}
     ),
 }  # fmt: skip
 

@@ -59,7 +59,14 @@ class Bench:
 
     def run(self, job: Record) -> Record:
         """Train and score; the record of a results file."""
-        data, stepper = self.data(job["task"]), self.stepper(job)
+        stepper = self.stepper(job)
+        try:
+            return self._train(job, stepper)
+        finally:
+            stepper.close()
+
+    def _train(self, job: Record, stepper: Stepper) -> Record:
+        data = self.data(job["task"])
         source = iter(TrainBatches(self.encoder, data.train, stepper.batch, job["seed"]))
         spent, steps, seconds = stepper.align(source), 0, 0.0
         loss = torch.full((), math.nan)
@@ -82,12 +89,13 @@ class Bench:
             steps=steps, cost=round(spent, 2), seconds=round(seconds, 3), loss=last,
             skipped=stepper.skipped, best_at=round(best[1], 1), dev_accuracy=best[0][0],
             dev_loss=-best[0][1], end_accuracy=value[0], end_loss=-value[1],
+            device=device_name(self.encoder.device), torch=torch.__version__,
+            date=time.strftime("%Y-%m-%d"),
         )  # fmt: skip
         if job["test"]:
             stepper.restore(best[2])
             scores = self.score(stepper.model, stepper.objective, data.test)
             record |= {f"test_{name}": score for name, score in scores.items()}
-        stepper.close()
         return record
 
     def objective(self, data: Data) -> LogitsLoss:
@@ -102,7 +110,8 @@ class Bench:
     ) -> dict[str, float]:
         """Mean loss (per token for language modelling) and, with labels, accuracy."""
         total, right, counts = 0.0, 0.0, 0
-        for rows, batch in self.encoder.sorted_batches(examples, 16384):
+        tokens = 16384 if objective.tokens else 2048  # all logits of a token are 200 kB
+        for rows, batch in self.encoder.sorted_batches(examples, tokens):
             if objective.tokens is None:
                 total += float(objective(model, batch).sum())
                 counts += int(objective.scored(batch).sum())
@@ -113,6 +122,11 @@ class Bench:
             counts += len(rows)
         loss = {"loss": total / counts}
         return loss if objective.tokens is None else loss | {"accuracy": right / counts}
+
+
+def device_name(device: torch.device) -> str:
+    """What a results file says a run was on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def fuse_norms(model: torch.nn.Module) -> None:

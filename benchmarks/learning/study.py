@@ -1,6 +1,6 @@
 """The study: every method on every task at every budget, learning rates chosen on dev.
 
-    python benchmarks/learning/study.py --model MODEL --data FOLDER --results study.jsonl
+    python benchmarks/learning/study.py --model MODEL --data FOLDER --results study.csv
 
 Runs what the results file lacks, many at a time, until everything is there or ``--minutes`` are
 over: first one selection run for each candidate (learning rates, for some methods also queries and
@@ -11,6 +11,7 @@ modules; dev only), then five seeds with the best one, whose test scores are rea
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing as mp
 import queue
@@ -27,13 +28,18 @@ BUDGETS = (100, 300, 2000)
 SEEDS = range(5)
 SELECTION_SEED = 100
 TASKS = ("sst2", "reviews", "rte")
-# Where every row is scored a query costs the whole group; RTE is there to see whether it carries over.
+# Where every row is scored a query costs the whole group. RTE: whether it carries over.
 METHODS_OF = {
     "sst2": list(METHODS),
     "reviews": [name for name in METHODS if not name.endswith("-rows")],
     "rte": ["mezo", "weight-norm", "core-rows", "right-rows", "full-rows", "adamw", "adamw-lora"],
 }
 LONG = (10000, range(2), "sst2")
+COLUMNS = (
+    "task", "method", "budget", "choice", "seed", "test", "steps", "cost", "seconds", "skipped",
+    "loss", "best_at", "dev_accuracy", "dev_loss", "end_accuracy", "end_loss", "test_accuracy",
+    "test_loss", "device", "torch", "date",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -41,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file")
     parser.add_argument("--data", required=True, type=Path, help="folder with the tasks' files")
-    parser.add_argument("--results", required=True, type=Path, help="JSON lines, appended to")
+    parser.add_argument("--results", required=True, type=Path, help="CSV, appended to")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this")
     parser.add_argument("--workers", type=int, default=1, help="processes on each device")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="cuda:0 cuda:1, or cpu")
@@ -71,7 +77,11 @@ def collect(planner: Planner, workers: list[Any], todo: Any, done: Any, args: An
     """Hand out jobs, write records down, until nothing is left or the time is over."""
     end = time.monotonic() + 60 * args.minutes
     running = 0
-    with open(args.results, "a", encoding="utf-8") as file:
+    fresh = not args.results.exists()
+    with open(args.results, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        if fresh:
+            writer.writeheader()
         while True:
             if time.monotonic() < end:
                 while running < len(workers) and (job := planner.next()) is not None:
@@ -90,8 +100,9 @@ def collect(planner: Planner, workers: list[Any], todo: Any, done: Any, args: An
                 continue
             running -= 1
             planner.finished(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+            if "error" not in record:
+                writer.writerow(record | {"choice": json.dumps(record["choice"])})
+                file.flush()
             print(line(record), flush=True)
     for process in workers:
         process.kill()
@@ -193,7 +204,19 @@ def read(path: Path) -> list[Record]:
     """The records of a results file; none where it is missing."""
     if not path.exists():
         return []
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, newline="", encoding="utf-8") as file:
+        return [_typed(row) for row in csv.DictReader(file)]
+
+
+def _typed(row: dict[str, str]) -> Record:
+    """Numbers as numbers, the choice as what it was; empty fields left out."""
+    record: Record = {"task": row["task"], "method": row["method"]}
+    record |= {"choice": json.loads(row["choice"]), "test": row["test"] == "True"}
+    record |= {name: row[name] for name in ("device", "torch", "date")}
+    for name, text in row.items():
+        if name not in record and text:
+            record[name] = float(text) if any(c in text for c in ".en") else int(text)
+    return record
 
 
 def line(r: Record) -> str:

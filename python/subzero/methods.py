@@ -6,7 +6,7 @@ Costs are in forwards of one batch through the whole model, the unit in which me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -231,6 +231,8 @@ def choose_method(
                 model, filled.train_layers or "all", bool(filled.train_embeddings),
                 bool(filled.train_norms), filled.train_modules or "all",
             )  # fmt: skip
+            if method == "activation" and s.rank is None:
+                filled = _fitting_rank(filled, model)
             made = make_method(filled, model)
             return filled, made, trained, f"{METHODS[method]} ({why})"
         except (ValueError, TypeError, CommandError) as error:
@@ -240,6 +242,14 @@ def choose_method(
                 raise CommandError(f"optimizer: {error}") from error
             why = f"not on activations: {error}"
     raise AssertionError("methods_to_try gives at least one")
+
+
+def _fitting_rank(s: Settings, model: nn.Module) -> Settings:
+    """The recipe's rank, or less where a trained matrix is narrower; a given one stays."""
+    narrowest = min(
+        (min(p.shape) for p in model.parameters() if p.requires_grad and p.dim() == 2), default=1
+    )
+    return replace(s, rank=min(s.rank or narrowest, narrowest))
 
 
 def _untrained_front(model: nn.Module) -> float:

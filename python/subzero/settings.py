@@ -23,29 +23,29 @@ _UPPER = dict(
     train_layers="upper", train_modules="all", train_embeddings=False, train_norms=False
 )  # fmt: skip
 
-# What each method takes where the user says nothing. An option that a recipe does not name does
-# not fit the method, and is an error.
+# What each method takes where the user says nothing; docs/recipes.md says where it is from. An
+# option that a recipe does not name does not fit the method, and is an error.
 RECIPES: dict[str, dict[str, Any]] = {
     "activation": dict(
         train_layers="upper", train_modules="residual", steps=100, schedule="cosine",
-        lr=5e-3, eps=1e-3, queries=32, rule="muon", rank=32, refresh_every=25,
-        form="right", credit="block", where="loss", discount=0.0, **_STATE,
+        lr=3e-2, eps=1e-3, queries=32, rule="muon", rank=64, refresh_every=25,
+        form="core", credit="block", where="loss", discount=0.0, **_STATE,
     ),
     "weight": dict(
         **_UPPER, steps=60, schedule="cosine",
         lr=3e-2, eps=1e-3, queries=8, rule="norm", rank=16, refresh_every=1000,
         sides="one", apply="forward", reshape="auto", **_STATE,
     ),
-    "mezo": dict(**_UPPER, steps=10_000, schedule="constant", lr=1e-6, eps=1e-3),
+    "mezo": dict(**_UPPER, steps=10_000, schedule="constant", lr=1e-5, eps=1e-3),
     "adamw": dict(
         **_UPPER, steps=100, schedule="cosine",
-        lr=2e-5, beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0,
+        lr=1e-4, beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0,
     ),
 }  # fmt: skip
 
 # Where language modelling differs: every token carries noise of its own, and a query costs a
 # forward of the upper half instead of one row.
-TEXT: dict[str, dict[str, Any]] = {"activation": dict(queries=4)}
+TEXT: dict[str, dict[str, Any]] = {"activation": dict(queries=4, lr=5e-3)}
 
 # --paper, over the recipe of weight noise: one two-sided query and plain SGD on all parameters, as
 # arXiv 2410.08989 writes it.
@@ -175,7 +175,7 @@ def fill(s: Settings, method: str, labelled: bool) -> Settings:
 
 
 def defaults(name: str) -> str:
-    """The recipes' values of an option as text: "activation 0.005, weight 0.03"."""
+    """The recipes' values of an option as text: "activation/weight 0.03, mezo 1e-05"."""
     values = {m: _shown(r[name]) for m, r in RECIPES.items() if name in r}
     if len(values) == len(RECIPES) and len(set(values.values())) == 1:
         return values["weight"]

@@ -65,6 +65,13 @@ def test_the_papers_recipe():
     assert filled.queries == 1 and filled.sides == "two" and filled.rule == "sgd"
 
 
+def test_sixteen_bit_weights_get_noise_above_their_rounding():
+    assert fill(asked(), "activation", labelled=True).eps == 1e-3
+    assert fill(asked(dtype="bfloat16"), "activation", labelled=True).eps == 3e-2
+    assert fill(asked(dtype="bfloat16", eps=2e-2), "activation", labelled=True).eps == 2e-2
+    assert fill(asked(dtype="bfloat16"), "weight", labelled=True).eps == 1e-3
+
+
 def test_defaults_as_help_shows_them():
     assert defaults("train_layers") == "upper"
     assert defaults("lr") == "activation/weight 0.03, mezo 1e-05, adamw 0.0001"

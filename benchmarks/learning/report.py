@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plots import draw
 from scipy import stats
 from study import BUDGETS, LONG, SELECTION_SEED, TASKS, best_choice, read
 
@@ -28,6 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 STUDY = RESULTS / "learning_study.csv"
 SECONDS = RESULTS / "learning_seconds.csv"
 EXPLORATION = RESULTS / "learning_exploration.csv"
+PRECISION = RESULTS / "learning_precision.csv"
 
 ACTIVATION = ("core-rows", "right-rows", "full-rows", "core-whole", "right-whole", "full-whole")
 WEIGHT = ("weight-norm", "weight-muon", "weight-sgd")
@@ -212,6 +214,16 @@ def seconds_table(rows: list[dict[str, str]]) -> Table:
     return table
 
 
+def precision_table(rows: list[dict[str, str]]) -> Table:
+    """Correlation of a 16-bit model's loss differences with fp32's, for each eps."""
+    sizes = sorted({float(row["eps"]) for row in rows})
+    found = {(row["dtype"], float(row["eps"])): row["correlation"] for row in rows}
+    table = [["weights and activations", *(f"eps {eps:g}" for eps in sizes)]]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        table.append([dtype, *(f"{float(found[dtype, eps]):.3f}" for eps in sizes)])
+    return table
+
+
 # Columns of the exploration's table: method, budget and the rate its changes were tried at.
 EXPLORED = tuple(
     (method, budget, lr)
@@ -301,6 +313,8 @@ def tables() -> Iterator[tuple[str, Table]]:
             yield f"{task} differences", difference_table(records, task)
     with open(SECONDS, newline="", encoding="utf-8") as file:
         yield "seconds", seconds_table(list(csv.DictReader(file)))
+    with open(PRECISION, newline="", encoding="utf-8") as file:
+        yield "precision", precision_table(list(csv.DictReader(file)))
     runs = explored(EXPLORATION)
     yield "exploration", exploration_table(runs)
     yield "ranks", rank_table(runs)
@@ -319,73 +333,6 @@ def fill(page: str, made: dict[str, Table]) -> str:
         return f"{match[1]}\n{markdown(made[match[2]])}\n{match[3]}"
 
     return re.sub(r"(<!-- table (.+?) -->)\n.*?(<!-- end -->)", put, page, flags=re.DOTALL)
-
-
-# Colour tells the family or the form, a broken line whole groups; markers serve without colours.
-STYLES: dict[str, tuple[str, str, str]] = {
-    "core-rows": ("#1b6ca8", "-", "o"),
-    "right-rows": ("#2a9d5c", "-", "s"),
-    "full-rows": ("#d1495b", "-", "^"),
-    "core-whole": ("#1b6ca8", "--", "o"),
-    "right-whole": ("#2a9d5c", "--", "s"),
-    "full-whole": ("#d1495b", "--", "^"),
-    "weight-norm": ("#8a6d3b", "-", "D"),
-    "weight-muon": ("#8a6d3b", "--", "v"),
-    "weight-sgd": ("#8a6d3b", ":", "P"),
-    "mezo": ("#777777", "-", "X"),
-    "adamw": ("#000000", "-", "*"),
-    "adamw-lora": ("#000000", "--", "*"),
-}
-NAMES = {"sst2": "SST-2", "rte": "RTE", "reviews": "movie-review sentences"}
-
-
-def draw(records: list[Record], task: str, folder: Path) -> Path | None:
-    """Score against cost: all methods on the left, the upper part larger on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    found = cells(records, task)
-    budgets = budgets_of(found)
-    if len(budgets) < 2:  # a curve needs two points
-        return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 5), dpi=160)
-    best = [statistics.mean(one.scores) for one in found.values() if one.scores]
-    for axes in (left, right):
-        for i, method in enumerate(methods_of(found)):
-            points = [(b, found[method, b].scores) for b in budgets if (method, b) in found]
-            points = [(b, scores) for b, scores in points if scores]
-            colour, dash, marker = STYLES[method]
-            shift = 1 + 0.022 * (i - 5.5)  # error bars side by side
-            axes.errorbar(
-                [b * shift for b, _ in points],
-                [statistics.mean(scores) for _, scores in points],
-                [statistics.stdev(s) if len(s) > 1 else 0.0 for _, s in points],
-                label=method, color=colour, linestyle=dash, marker=marker, markersize=5,
-                linewidth=1.4, elinewidth=0.9, capsize=2,
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xticks(budgets, [f"{b:,}" for b in budgets])
-        axes.minorticks_off()
-        axes.set_xlabel("cost in forwards of 16 examples")
-        axes.grid(alpha=0.3)
-    loss = metric(task) == "test_loss"
-    left.set_ylabel("test loss" if loss else "test accuracy")
-    left.set_title(f"{NAMES[task]}: all methods", fontsize=11)
-    right.set_title("the upper part", fontsize=11)
-    low, high = min(best), max(best)
-    if loss:
-        right.set_ylim(low - 0.03, low + 0.4 * (high - low))
-    else:
-        right.set_ylim(high - 0.35 * (high - low), high + 0.01)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=10)
-    figure.tight_layout(rect=(0, 0.17, 1, 1))
-    path = folder / f"learning_{task}.png"
-    figure.savefig(path, metadata={"Software": None})  # the same bytes from the same numbers
-    plt.close(figure)
-    return path
 
 
 def main() -> None:
@@ -407,7 +354,12 @@ def main() -> None:
         args.page.write_text(fill(args.page.read_text(encoding="utf-8"), made), encoding="utf-8")
     if args.plots:
         for task in TASKS:
-            print(draw(records, task, args.plots) or f"{task}: too few budgets for a plot")
+            path = args.plots / f"learning_{task}.png"
+            found = cells(records, task)
+            drawn = len(budgets_of(found)) > 1  # a curve needs two points
+            if drawn:
+                draw(found, methods_of(found), budgets_of(found), task, path)
+            print(path if drawn else f"{task}: too few budgets for a plot")
 
 
 if __name__ == "__main__":

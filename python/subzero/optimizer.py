@@ -48,6 +48,7 @@ class SubZero(torch.optim.Optimizer):
         lr: learning rate. With rules sgd and momentum it multiplies rho mu Z, with norm the same
             with rho in units of the losses' spread, with adam it is a change per weight.
         eps: half the distance of the two evaluations, in units of mu Z. At least 1e-3 for 16-bit.
+            With activation noise: its size relative to |x|; at least 1e-2 for bf16.
         rank: r, at least 1; clipped to min(m', n') of each matrix, as ``plan()`` shows. With
             activation noise it must be at most min(m, n) of every credited weight.
         refresh_every: steps of a window; then W takes up U S V^T and the bases are drawn anew.

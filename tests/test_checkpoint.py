@@ -72,8 +72,13 @@ def test_an_interruption_leaves_nothing(tmp_path):
         (folder / "half").write_text("half")
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "out", interrupted)
+    # a shell's background jobs inherit SIGINT ignored, and Python then leaves it so
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(tmp_path / "out", interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert tree(tmp_path) == []
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .groups import _outer_lists
-from .plan import _matrix_kind, is_norm
+from .groups import outer_lists
+from .plan import matrix_kind, is_norm
 
 FORMS = ("core", "right", "full")
 CREDITS = ("own", "block")
@@ -141,7 +141,7 @@ def make_credit_plan(model: nn.Module, form: str, credit: str, where: str, rank:
                 owners.setdefault(id(parameter), []).append((path, module, attribute))
     blocks = [
         (f"{name}.{i}", block)
-        for name, blocks in _outer_lists(model)
+        for name, blocks in outer_lists(model)
         for i, block in enumerate(blocks)
     ]
     why_own = _why_own(model, [block for _, block in blocks]) if credit == "block" else ""
@@ -208,7 +208,7 @@ def _why_not(p: nn.Parameter, owners: list[tuple[str, nn.Module, str]], block: s
     kind = type(module).__name__
     if p.dim() != 2 or attribute != "weight":
         return f"{'norm' if is_norm(module) else attribute} of {kind}: only weights are credited"
-    if _matrix_kind(module, attribute) not in ("Linear", "Conv1D"):
+    if matrix_kind(module, attribute) not in ("Linear", "Conv1D"):
         return f"{kind} is no Linear or Conv1D that runs its own forward"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"{kind} computes its product by code of its own"
@@ -264,7 +264,7 @@ def _why_own(model: nn.Module, blocks: list[nn.Module]) -> str:
 
 def blocks_in_order(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
     """The one list of blocks of a decoder: its name and blocks; None with several lists or none."""
-    lists = _outer_lists(model)
+    lists = outer_lists(model)
     if len(lists) != 1:
         return None
     return lists[0][0], list(lists[0][1])

@@ -87,7 +87,7 @@ class SharedPrefix:
         self._checked: dict[tuple[Any, ...], bool] = {}
         self._active = False
         self.names: list[str] = []
-        for name, blocks in _outer_lists(model):
+        for name, blocks in outer_lists(model):
             count = 0
             while count < len(blocks) and not any(
                 id(p) in trained for p in blocks[count].parameters()
@@ -140,7 +140,7 @@ class SharedPrefix:
         return self._checked[key]
 
 
-def _outer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+def outer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The module lists of blocks, without those inside a block."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():

@@ -162,9 +162,9 @@ def _classify(
     r = min(rank, *factor)
     if apply == "in_place":
         return Entry(name, index, p, IN_PLACE, "fused in-place op", factor, r)
-    kinds = {_matrix_kind(module, attribute) for module, attribute in owners}
+    kinds = {matrix_kind(module, attribute) for module, attribute in owners}
     if None in kinds:
-        owner = next(type(m).__name__ for m, a in owners if _matrix_kind(m, a) is None)
+        owner = next(type(m).__name__ for m, a in owners if matrix_kind(m, a) is None)
         return Entry(name, index, p, COPY, f"{owner} has no side path", factor, r)
     kind = " and ".join(sorted(k for k in kinds if k))
     if factor == natural:
@@ -180,7 +180,7 @@ def _dense(
     # one owner that serves it is enough, others are aliases: BERT's head holds its decoder's bias
     known = p.dim() == 1 and any(
         is_norm(module)
-        or (attribute == "bias" and _matrix_kind(module, "weight") in ("Linear", "Conv1D"))
+        or (attribute == "bias" and matrix_kind(module, "weight") in ("Linear", "Conv1D"))
         for module, attribute in owners
     )
     owner = type(owners[0][0]).__name__
@@ -189,7 +189,7 @@ def _dense(
     return Entry(name, index, p, DENSE_COPY, f"{why}; {owner} reads it from memory")
 
 
-def _matrix_kind(module: nn.Module, attribute: str) -> str | None:
+def matrix_kind(module: nn.Module, attribute: str) -> str | None:
     """The side path that serves this module's weight, or None."""
     if attribute != "weight":
         return None

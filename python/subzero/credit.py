@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .groups import outer_lists
-from .plan import matrix_kind, is_norm
+from .plan import is_norm, matrix_kind
 
 FORMS = ("core", "right", "full")
 CREDITS = ("own", "block")

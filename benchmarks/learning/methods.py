@@ -59,7 +59,7 @@ _CORE: Choice = _ACTIVATION | dict(form="core", rank=64, refresh_every=25)
 _RIGHT: Choice = _ACTIVATION | dict(form="right", rank=32, refresh_every=25)
 _FULL: Choice = _ACTIVATION | dict(form="full")
 _WHOLE: Choice = dict(queries=4, whole_groups=True)
-_TOKENS: dict[int, list[Choice]] = {0: lrs(1e-3, 2e-3, 5e-3), 2000: lrs(5e-4, 1e-3, 2e-3, 5e-3)}
+_TOKENS: dict[int, list[Choice]] = {0: lrs(2e-3, 5e-3, 1e-2), 2000: lrs(5e-4, 1e-3, 2e-3, 5e-3)}
 
 METHODS: dict[str, Method] = {
     "mezo": Method("mezo", dict(eps=1e-3), {0: lrs(1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}),

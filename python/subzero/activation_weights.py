@@ -102,12 +102,7 @@ class ActivationWeights(TrainedWeights):
             return
         for tap, state in zip(self.taps, self.space.views(self.space.value), strict=True):
             u, v, core = self._factors(tap, state)
-            self.side.matrices[id(tap.credit.param)] = LowRank(
-                tap.credit,
-                u,
-                v,
-                core[None],  # type: ignore[arg-type]
-            )
+            self.side.matrices[id(tap.credit.param)] = LowRank(tap.credit, u, v, core[None])
 
     def _factors(self, tap: Tap, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(u, v, core) of the change U S V^T or B V^T in the orientation the weight is stored."""
@@ -191,8 +186,8 @@ class ActivationWeights(TrainedWeights):
     def end_step(self) -> None:
         """The update is made."""
         self._changed = True
-        if self.plan.form == "core":  # a transposed core is a copy
-            self.show()
+        if self.plan.form == "core" and any(tap.credit.transposed for tap in self.taps):
+            self.show()  # a transposed core is a copy, all others are views of the state
 
     def decay_(self, factor: Tensor) -> None:
         """Decoupled weight decay: on the state now, on W's own part at the fold."""

@@ -240,7 +240,8 @@ class ActivationEvaluator:
         decoder = self._decoder
         assert decoder is not None and micro.scored is not None
         none = torch.zeros(0, dtype=torch.int64, device=rng.device)
-        self.path.begin(Pass(1, True, none, micro.axes(), eps, rng))
+        axes = micro.axes()
+        self.path.begin(Pass(1, True, none, axes, eps, rng))
         try:
             with decoder.recording(micro.grid, micro.scored) as extra:
                 logits = logits_at(self.model, micro.batch, micro.index, objective.tokens, **extra)
@@ -249,9 +250,7 @@ class ActivationEvaluator:
                     objective.losses(logits, micro.batch, micro.index), micro, 1,
                     micro.index.shape[1], "scored positions",
                 )[0]  # fmt: skip
-                rows = NoisyRows(
-                    decoder.rows, decoder.index(micro.scored), micro.axes()["main"].ids
-                )
+                rows = NoisyRows(decoder.rows, decoder.index(micro.scored), axes["main"].ids)
                 size, parts = decoder.chunk(), []
                 for start in range(0, self.options.queries, size):
                     chunk = torch.arange(

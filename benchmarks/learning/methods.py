@@ -16,6 +16,8 @@ from torch import nn
 from subzero import LogitsLoss, SubZero
 from subzero.baselines import MeZO
 from subzero.credit import RESIDUAL_WRITERS
+from subzero.forms import CreditSpace
+from subzero_kernels import noise_outer_
 
 Batch = dict[str, torch.Tensor]
 Choice = dict[str, Any]
@@ -30,7 +32,8 @@ class Method:
         kind: "subzero", "mezo", "adamw" or "lora" (AdamW on a PEFT LoRA).
         options: of the optimizer; also layers (share of the layers, from the top, that is
             trained), modules ("all" linears of those or "residual", those that write to the
-            stream), batch (examples a step) and whole_groups.
+            stream), batch (examples a step), whole_groups and pool (blocks on either side whose
+            estimates are averaged; an experiment).
         choices: what dev chooses from, by budget in forwards; a budget takes those of the nearest
             one below it. Each changes options, "lr" among them.
         by_token: changes for a language-model loss, whose every row is scored.
@@ -116,6 +119,25 @@ def choose_trained(model: nn.Module, layers: float, modules: str) -> float:
     return 1 - first / count
 
 
+def pool_neighbours(space: CreditSpace, reach: int) -> None:
+    """Estimate a block's gradient as the mean over its neighbours' noise: biased, less variance.
+
+    Gradients of the residual stream agree from block to block. Forms right and full, credit block.
+    """
+    streams = sorted({tap.stream for tap in space.taps})
+
+    def add_noise_(flat: torch.Tensor, coeff: torch.Tensor, rng: torch.Tensor) -> None:
+        for tap, out in zip(space.taps, space.views(flat), strict=True):
+            weight, kept, ids = space.rows_of(tap, coeff)
+            at = streams.index(tap.stream)
+            near = streams[max(0, at - reach) : at + reach + 1]
+            weight = (weight / len(near)).contiguous()
+            for stream in near:
+                noise_outer_(out, weight, kept, ids, rng, stream=stream, beta=1.0)
+
+    space.add_noise_ = add_noise_
+
+
 class Stepper:
     """One method on one model: ``step(batch)`` trains and returns (loss, cost)."""
 
@@ -125,7 +147,7 @@ class Stepper:
         options = method.options | choice
         self.lr = options.pop("lr")
         self.batch = options.pop("batch", 16)
-        whole = options.pop("whole_groups", False)
+        whole, pool = options.pop("whole_groups", False), options.pop("pool", 0)
         self.share = choose_trained(
             model, options.pop("layers", 0.5), options.pop("modules", "all")
         )
@@ -139,6 +161,8 @@ class Stepper:
                 self.step = self._activation_noise
                 if whole:
                     self.optimizer.evaluate_whole_groups("as the study asks")
+                if pool:
+                    pool_neighbours(self.optimizer._weights.space, pool)
         elif method.kind == "mezo":
             self.optimizer = MeZO(model, lr=0.0, seed=seed, **options)
             self.step = self._mezo

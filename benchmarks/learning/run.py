@@ -32,9 +32,9 @@ def key(job: Record) -> str:
 class Bench:
     """A model and tasks in memory; every run starts from the same weights."""
 
-    def __init__(self, model: str, data: Path, device: str) -> None:
+    def __init__(self, model: str, data: Path, device: str, dtype: str = "float32") -> None:
         torch.set_float32_matmul_precision("high")  # TF32 products on a GPU
-        self.loaded = load_model(model, "float32", device)
+        self.loaded = load_model(model, dtype, device)
         self.model = self.loaded.model
         fuse_norms(self.model)
         self.folder = data

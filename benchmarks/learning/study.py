@@ -51,8 +51,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this")
     parser.add_argument("--workers", type=int, default=1, help="processes on each device")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="cuda:0 cuda:1, or cpu")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--dtype", default="float32", help="of the model's weights")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="first ones first"
+    )
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--long", nargs="*", default=[], help="methods to run at 10,000")
     parser.add_argument("--jobs", type=Path, help="JSON list of jobs to run instead")
@@ -66,7 +69,7 @@ def main() -> None:
             for _ in range(args.workers):
                 context = mp.get_context("spawn")
                 process = context.Process(
-                    target=work, args=(args.model, args.data, device, todo, done), daemon=True
+                    target=work, args=(args, device, todo, done), daemon=True
                 )
                 process.start()
                 workers.append(process)
@@ -109,7 +112,8 @@ def collect(planner: Planner, workers: list[Any], todo: Any, done: Any, args: An
 
 
 class Planner:
-    """Which job comes next: longest first, final runs once dev has chosen."""
+    """Which job comes next: long runs first, then by task, method and budget; final runs once dev has
+    chosen."""
 
     def __init__(self, args: Any, records: list[Record]) -> None:
         self.records = records
@@ -122,14 +126,12 @@ class Planner:
         if self.own is not None:
             yield from (job for job in self.own if self._lacks(job))
             return
-        for task in self.args.tasks:
-            for budget in sorted(self.args.budgets, reverse=True):
-                for name in METHODS_OF[task]:
-                    if name not in self.args.methods:
-                        continue
-                    yield from self._cell(task, budget, name, SEEDS)
         for name in self.args.long:
             yield from self._cell(LONG[2], LONG[0], name, LONG[1])
+        for task in self.args.tasks:
+            for name in (name for name in self.args.methods if name in METHODS_OF[task]):
+                for budget in sorted(self.args.budgets, reverse=True):
+                    yield from self._cell(task, budget, name, SEEDS)
 
     def _cell(self, task: str, budget: int, name: str, seeds: Any) -> Iterator[Record]:
         # at 10,000 forwards the learning rate chosen at 2,000 is divided by the root of five
@@ -187,9 +189,9 @@ def best_choice(
     return max(runs, key=lambda r: (r["dev_accuracy"], -r["dev_loss"]))["choice"]
 
 
-def work(model: str, data: Path, device: str, todo: Any, done: Any) -> None:
+def work(args: Any, device: str, todo: Any, done: Any) -> None:
     """A process that runs jobs on one device until it is killed."""
-    bench = Bench(model, data, device)
+    bench = Bench(args.model, args.data, device, args.dtype)
     while True:
         job = todo.get()
         try:

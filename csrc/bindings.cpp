@@ -235,6 +235,32 @@ void bind_cpu(py::module_ m) {
 }
 
 #if defined(SUBZERO_CUDA)
+// perturb_ and perturb_many_, whose errors bear the name of `op`.
+class CudaPerturbPlan {
+ public:
+  CudaPerturbPlan(std::string op, const std::vector<LowRank>& items, int device)
+      : op_(std::move(op)),
+        shapes_(items.size() == 1 ? shapes(items[0]) : shapes(items)),
+        device_(device) {
+    check(plan_.prepare(items.data(), static_cast<int64_t>(items.size()), device), op_.c_str(),
+          shapes_);
+  }
+
+  int64_t scratch_bytes(int64_t queries) const { return plan_.scratch_bytes(queries); }
+
+  void perturb_(uintptr_t coeff, int64_t queries, uintptr_t rng, Rounding rounding,
+                uintptr_t scratch, uintptr_t stream) const {
+    check(plan_.perturb_({pointer<float>(coeff), queries, pointer<int64_t>(rng)}, rounding,
+                         pointer<void>(scratch), {1, device_, pointer<void>(stream)}),
+          op_.c_str(), shapes_);
+  }
+
+ private:
+  std::string op_, shapes_;
+  int device_;
+  cuda::PerturbPlan plan_;
+};
+
 void bind_cuda(py::module_ m) {
   py::class_<Launch>(m, "Launch")
       .def(py::init([](int device, uintptr_t stream) {
@@ -257,6 +283,23 @@ void bind_cuda(py::module_ m) {
         check(cuda::normal_({out, pointer<int64_t>(rng), stream}, launch), "normal_", shape(out));
       },
       NoGil(), py::kw_only(), py::arg("out"), py::arg("rng"), py::arg("stream"), py::arg("launch"));
+  py::class_<CudaPerturbPlan>(m, "PerturbPlan")
+      .def(py::init<std::string, const std::vector<LowRank>&, int>(), py::kw_only(), py::arg("op"),
+           py::arg("items"), py::arg("device"))
+      .def("scratch_bytes", &CudaPerturbPlan::scratch_bytes, py::arg("queries"))
+      .def("perturb_", &CudaPerturbPlan::perturb_, NoGil(), py::kw_only(), py::arg("coeff"),
+           py::arg("queries"), py::arg("rng"), py::arg("rounding"), py::arg("scratch"),
+           py::arg("stream"));
+  m.def(
+      "fold_",
+      [](const LowRank& item, uintptr_t core, double decay, Rounding rounding, uintptr_t rng,
+         const Launch& launch) {
+        check(cuda::fold_({item, pointer<float>(core), decay, rounding, pointer<int64_t>(rng)},
+                          launch),
+              "fold_", shapes(item));
+      },
+      NoGil(), py::kw_only(), py::arg("item"), py::arg("core"), py::arg("decay"),
+      py::arg("rounding"), py::arg("rng"), py::arg("launch"));
   m.def(
       "perturb_dense_",
       [](const std::vector<Dense>& items, const Queries& queries, Rounding rounding,

@@ -171,8 +171,30 @@ Status sincos_turns(int64_t first, int64_t count, float* sin, float* cos);
 
 namespace cuda {
 
+class UpdatePlan;
+
+// perturb_ and perturb_many_: the matrices are sorted into launches once, and perturbed as often as
+// wanted. Ranks up to 256.
+class PerturbPlan {
+ public:
+  PerturbPlan();
+  ~PerturbPlan();
+  PerturbPlan(const PerturbPlan&) = delete;
+  PerturbPlan& operator=(const PerturbPlan&) = delete;
+
+  Status prepare(const LowRank* items, int64_t count, int device);
+  // Of device memory that perturb_ needs for its own; none for most.
+  int64_t scratch_bytes(int64_t queries) const;
+  Status perturb_(const Queries& queries, Rounding rounding, void* scratch,
+                  const Launch& launch) const;
+
+ private:
+  UpdatePlan* plan_;
+};
+
 Status philox4x32(const Philox4x32& args, const Launch& launch);
 Status normal_(const Normal& args, const Launch& launch);
+Status fold_(const Fold& args, const Launch& launch);
 Status perturb_dense_(const PerturbDense& args, const Launch& launch);
 Status core_noise_(const CoreNoise& args, const Launch& launch);
 Status add_noise_(const AddNoise& args, const Launch& launch);

@@ -41,6 +41,13 @@ inline Status status_of(cudaError_t error) {
   return status;
 }
 
+inline Status failure(const char* message) {
+  Status status;
+  status.ok = false;
+  std::snprintf(status.message, sizeof status.message, "%s", message);
+  return status;
+}
+
 constexpr int kThreads = 256;
 
 // Blocks for a grid-stride loop over `items`: enough to fill any GPU many times over.

@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _high_rank as high_rank
 from . import _native_args as args
 from .reference import _exact_products
 
 OPS = frozenset(
-    {"philox4x32", "normal_", "perturb_dense_", "core_noise_", "add_noise_", "noise_outer_"}
+    {
+        "philox4x32",
+        "normal_",
+        "perturb_",
+        "perturb_many_",
+        "perturb_dense_",
+        "core_noise_",
+        "fold_",
+        "add_noise_",
+        "noise_outer_",
+    }
 )
 
 # The noise of noise_outer_ is made this many elements at a time: 16 MiB.
@@ -54,6 +65,94 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 def normal_(out: Tensor, rng: Tensor, stream: int) -> None:
     args.require().cuda.normal_(
         out=args.matrix(out), rng=rng.data_ptr(), stream=stream, launch=_launch(out)
+    )
+
+
+class PerturbPlan:
+    """perturb_many_ on one list of matrices, sorted into launches once."""
+
+    def __init__(
+        self,
+        ws: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        streams: Sequence[int],
+        op: str = "perturb_many_",
+    ) -> None:
+        items = list(zip(ws, us, vs, streams, strict=True))  # keeps the memory alive
+        self._items = [item for item in items if item[1].shape[1] <= high_rank.NATIVE_RANK]
+        self._high_rank = [item for item in items if item[1].shape[1] > high_rank.NATIVE_RANK]
+        self._device = ws[0].device
+        self._plan = args.require().cuda.PerturbPlan(
+            op=op, items=[args.low_rank(*item) for item in self._items], device=self._device.index
+        )
+
+    def perturb_(self, coeff: Tensor, rng: Tensor, rounding: str = "nearest") -> None:
+        queries = coeff.shape[0]
+        size = self._plan.scratch_bytes(queries)
+        scratch = torch.empty(size, dtype=torch.uint8, device=self._device) if size else None
+        self._plan.perturb_(
+            coeff=coeff.data_ptr(),
+            queries=queries,
+            rng=rng.data_ptr(),
+            rounding=args.rounding(rounding),
+            scratch=0 if scratch is None else scratch.data_ptr(),
+            stream=torch.cuda.current_stream(self._device).cuda_stream,
+        )
+        for w, u, v, stream in self._high_rank:
+            high_rank.perturb_(w, u, v, coeff, rng, stream=stream, rounding=rounding)
+
+
+perturb_plan = PerturbPlan
+
+
+def perturb_(
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    rounding: str = "nearest",
+) -> None:
+    PerturbPlan([w], [u], [v], [stream], "perturb_").perturb_(coeff, rng, rounding)
+
+
+def perturb_many_(
+    ws: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> None:
+    PerturbPlan(ws, us, vs, streams).perturb_(coeff, rng, rounding)
+
+
+def fold_(
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    core: Tensor,
+    *,
+    decay: float = 1.0,
+    rounding: str = "nearest",
+    rng: Tensor | None = None,
+    stream: int = 0,
+) -> None:
+    if u.shape[1] > high_rank.NATIVE_RANK:
+        high_rank.fold_(w, u, v, core, decay=decay, rounding=rounding, rng=rng, stream=stream)
+        return
+    args.require().cuda.fold_(
+        item=args.low_rank(w, u, v, stream),
+        core=core.data_ptr(),
+        decay=decay,
+        rounding=args.rounding(rounding),
+        rng=0 if rng is None else rng.data_ptr(),
+        launch=_launch(w),
     )
 
 

@@ -1,0 +1,46 @@
+// The kernels of one dtype of W and one class of ranks: CMake compiles this file for each pair,
+// with SUBZERO_WEIGHT (float, bf16 or f16) and SUBZERO_RANK defined.
+#include "lowrank_kernel.cuh"
+
+namespace subzero::cuda {
+namespace {
+
+// Measured on H200 (benchmarks/tune_perturb.py). A tile row is 128 bytes, a cache line.
+template <class W, class B, int kRank>
+constexpr bool kTwo = sizeof(W) == sizeof(B) ? kRank <= (sizeof(W) == 2 ? 128 : 64) : kRank <= 32;
+template <class W, class B, int kRank>
+using Chosen = Shape<8, 1, 128 / sizeof(W), kTwo<W, B, kRank> ? 2 : 1>;
+
+// kFew: worth a kernel of its own for short lists.
+template <class T, Access kAccess, bool kFew>
+UpdateKernel kernel() {
+  using Few = std::conditional_t<kFew, FewItems, ManyItems>;
+  return {kFew ? reinterpret_cast<const void*>(&lowrank_update_kernel<T, kAccess, Few>) : nullptr,
+          reinterpret_cast<const void*>(&lowrank_update_kernel<T, kAccess, ManyItems>),
+          T::kThreads,
+          T::kTileRows,
+          T::kTileColumns,
+          T::kResident,
+          T::kSharedBytes};
+}
+
+template <class W, class B, int kRank>
+UpdateKernel kernel(Access access) {
+  using T = UpdateTraits<W, B, kRank, Chosen<W, B, kRank>>;
+  constexpr bool kFew = sizeof(W) == sizeof(B);
+  if (access == Access::elements) return kernel<T, Access::elements, false>();
+  if constexpr (sizeof(W) == 2)
+    if (access == Access::stochastic) return kernel<T, Access::stochastic, kFew>();
+  return kernel<T, Access::nearest, kFew>();
+}
+
+}  // namespace
+
+template <class W, int kRank>
+UpdateKernel update_kernel(bool wide, Access access) {
+  return wide ? kernel<W, float, kRank>(access) : kernel<W, W, kRank>(access);
+}
+
+template UpdateKernel update_kernel<SUBZERO_WEIGHT, SUBZERO_RANK>(bool, Access);
+
+}  // namespace subzero::cuda

@@ -1,0 +1,130 @@
+// W = decay W + U C V^T for many matrices in one launch and one pass over each W: what perturb_ and
+// fold_ share. This file is what the host (lowrank_update.cu) and the kernel (lowrank_kernel.cuh)
+// agree on.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "launch.cuh"
+
+namespace subzero::cuda {
+
+// The highest rank there are kernels for.
+constexpr int64_t kMostRank = 256;
+
+// One matrix. Thread blocks take strips of rows, cut into chunks of columns.
+struct UpdateItem {
+  void* w;
+  const void* u;
+  const void* v;
+  int64_t rows;       // m'
+  int64_t columns;    // n'
+  int64_t w_columns;  // 0, or the length of W's rows where they are not the rows of (m', n')
+  int64_t w_stride;   // elements from row to row: of (m', n'), or of W itself if w_columns
+  int64_t u_stride;
+  int64_t v_stride;
+  uint32_t stream;
+  float mu;
+  uint32_t chunk;   // columns of a chunk, a multiple of the tile's
+  uint32_t chunks;  // of a strip
+  uint32_t core;    // where its core begins in UpdateCall::cores, in floats
+  uint16_t rank;
+  bool u_wide, v_wide;  // in fp32
+};
+
+// The matrices of one launch, a kernel parameter.
+template <int kMost>
+struct UpdateBatch {
+  UpdateItem items[kMost];
+  uint32_t first[kMost];  // thread block of each
+  int32_t count;
+
+  // The item that a thread block works on.
+  __device__ int find(uint32_t block) const {
+    int low = 0, high = count;  // first[low] <= block < first[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first[middle] <= block)
+        low = middle;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+// What changes from call to call.
+struct UpdateCall {
+  const float* cores;  // C of each item, (rank, rank); null: made from the three below
+  const float* coeff;
+  int64_t queries;
+  const int64_t* rng;
+  float decay;
+  float decay_rest;  // what fp32 loses of it
+  bool stochastic;
+};
+
+// Kernel parameters end at 4 KiB where either the compiler or the GPU is older, else at 32,764
+// bytes. The smaller batch is also the faster to launch.
+constexpr int kFewItems = 32;
+constexpr int kManyItems = CUDART_VERSION >= 12010 ? 296 : kFewItems;
+using FewItems = UpdateBatch<kFewItems>;
+using ManyItems = UpdateBatch<kManyItems>;
+static_assert(sizeof(FewItems) + sizeof(UpdateCall) <= 4096, "a parameter too large");
+static_assert(sizeof(ManyItems) + sizeof(UpdateCall) <= 32764, "a parameter too large");
+
+// A compiled kernel, for a list of either length (`few` may be null), and the shape of its thread
+// blocks.
+struct UpdateKernel {
+  const void* few;
+  const void* many;
+  int threads;
+  int tile_rows;
+  int tile_columns;
+  int resident;  // thread blocks on a multiprocessor
+  int shared_bytes;
+};
+
+enum class Access { nearest, stochastic, elements };
+
+// The kernel for W of dtype W, ranks up to kRank, and bases of W's dtype or (`wide`) where one of
+// them is in fp32. Access: 16 bytes of W at a time with either rounding, or element by element with
+// both. Each pair of W and kRank is compiled by itself (lowrank_kernels.cu).
+template <class W, int kRank>
+UpdateKernel update_kernel(bool wide, Access access);
+
+// One launch: a kernel, by either rounding, and what it works on.
+struct UpdateLaunch {
+  UpdateKernel kernel[2];  // by Rounding
+  std::shared_ptr<const FewItems> few;
+  std::shared_ptr<const ManyItems> many;  // one of the two
+  int64_t count;
+  uint32_t blocks;
+  int64_t core_floats;  // of all items
+  int most_rank;
+};
+
+// Matrices sorted into launches by dtype, rank and alignment, for calls that repeat. Usually that
+// is one launch; an element's bits depend on its own matrix alone.
+class UpdatePlan {
+ public:
+  Status prepare(const LowRank* items, int64_t count, int device);
+
+  // Bytes of scratch that the cores for `queries` queries take: of one launch, they take turns. 0
+  // where thread blocks make their own. Never more than 1 MiB and the bytes of U together.
+  int64_t scratch_bytes(int64_t queries) const;
+
+  // With `call.cores` null C is the noise of perturb_, through `scratch` of scratch_bytes.
+  Status run(UpdateCall call, void* scratch, cudaStream_t stream) const;
+
+ private:
+  std::vector<UpdateLaunch> launches_;
+  int device_ = 0;
+};
+
+// The cores of a launch's items from their noise, one after another (perturb.cu).
+cudaError_t make_cores(const UpdateLaunch& launch, const UpdateCall& call, float* cores,
+                       cudaStream_t stream);
+
+}  // namespace subzero::cuda

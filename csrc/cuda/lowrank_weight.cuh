@@ -1,0 +1,229 @@
+// A thread's part of W: 16 bytes at a time of two rows, read, updated and written where they lie.
+#pragma once
+
+#include "lowrank_update.cuh"
+#include "mma.cuh"
+
+namespace subzero::cuda {
+
+struct alignas(16) Bytes16 {
+  uint32_t word[4];
+};
+
+// How W, which is read and written once, passes the caches.
+enum class LoadHint { none, streaming, fetch256, fetch256_not_l1 };
+enum class StoreHint { none, streaming };
+
+template <LoadHint kHint>
+__device__ __forceinline__ Bytes16 load16(const void* from) {
+  Bytes16 x;
+  if constexpr (kHint == LoadHint::none)
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+                 : "l"(from));
+  else if constexpr (kHint == LoadHint::streaming)
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+                 : "l"(from));
+  else if constexpr (kHint == LoadHint::fetch256)
+    asm volatile("ld.global.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+                 : "l"(from));
+  else
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+                 : "l"(from));
+  return x;
+}
+
+template <StoreHint kHint>
+__device__ __forceinline__ void store16(void* to, const Bytes16& x) {
+  if constexpr (kHint == StoreHint::none)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.word[0]),
+                 "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+                 : "memory");
+  else
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.word[0]),
+                 "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+                 : "memory");
+}
+
+// ---- decay W + sum, rounded once
+
+// Two fp32 numbers in 16 bits each, to nearest.
+__device__ __forceinline__ uint32_t round_pair(bf16, float low, float high) {
+  return pack_bf16(low, high);
+}
+__device__ __forceinline__ uint32_t round_pair(f16, float low, float high) {
+  return pack_f16(low, high);
+}
+
+// The same by words: dtypes.h's rule. bf16's, of the bits that go, is "away iff word / 2^16 <
+// them", which is the carry of adding 2^16 - 1 - word / 2^16 to them.
+__device__ __forceinline__ uint32_t round_pair(bf16, float low, float high, uint32_t low_word,
+                                               uint32_t high_word) {
+  const auto rounded = [](float x, uint32_t word) {
+    const uint32_t bits = float_bits(x), size = bits & 0x7fffffffu;
+    const uint32_t moved = min(size + (~word >> 16), 0x7f7fffffu);
+    const uint32_t quiet = size | (size > 0x7f800000u ? 0x00400000u : 0u);
+    return (size < 0x7f800000u ? moved : quiet) | (bits & 0x80000000u);
+  };
+  return __byte_perm(rounded(low, low_word), rounded(high, high_word), 0x7632);
+}
+__device__ __forceinline__ uint32_t round_pair(f16, float low, float high, uint32_t low_word,
+                                               uint32_t high_word) {
+  f16 a, b;
+  round_stochastic(low, low_word, a);
+  round_stochastic(high, high_word, b);
+  return static_cast<uint32_t>(b.bits) << 16 | a.bits;
+}
+
+__device__ __forceinline__ float2 unpack(bf16, uint32_t pair) {
+  return make_float2(low_bf16(pair), high_bf16(pair));
+}
+__device__ __forceinline__ float2 unpack(f16, uint32_t pair) {
+  return unpack_f16(pair);
+}
+
+// decay w + sum. decay_rest is 0 but for a decay that fp32 cannot hold; 0 times an infinite w is
+// none of it.
+__device__ __forceinline__ float added_to(float w, float sum, const UpdateCall& call) {
+  const float rest = call.decay_rest == 0.0f ? sum : fma_(call.decay_rest, w, sum);
+  return fma_(call.decay, w, rest);
+}
+
+// 16 bytes of W with the sums added. `words` null: to nearest.
+template <class W>
+__device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
+                                           const UpdateCall& call, const uint32_t* words) {
+  Bytes16 x;
+  if constexpr (sizeof(W) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x.word[i] = float_bits(added_to(bits_float(old.word[i]), sum[i], call));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 w = unpack(W{}, old.word[i]);
+      const float low = fma_(call.decay, w.x, sum[2 * i]);
+      const float high = fma_(call.decay, w.y, sum[2 * i + 1]);
+      x.word[i] = words == nullptr ? round_pair(W{}, low, high)
+                                   : round_pair(W{}, low, high, words[2 * i], words[2 * i + 1]);
+    }
+  }
+  return x;
+}
+
+// Rows q and q + 8 of a warp's 16, from a thread's first column on, which begin at 16 bytes.
+// `offset` counts columns from there. What lies outside of the matrix is read as zero and not
+// written.
+template <class Traits>
+class WeightRows {
+  using W = typename Traits::W;
+  static constexpr int kVec = Traits::kVec;
+
+ public:
+  __device__ WeightRows(const UpdateItem& item, int64_t row, int64_t column, int columns) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      left_[h] = row + 8 * h < item.rows ? columns : 0;
+      first_[h] = (row + 8 * h) * item.columns + column;
+      row_[h] = static_cast<W*>(item.w) + (row + 8 * h) * item.w_stride + column;
+    }
+  }
+
+  __device__ __forceinline__ Bytes16 load(int h, int offset) const {
+    if (offset < left_[h]) return load16<Traits::kLoad>(row_[h] + offset);
+    return Bytes16{};
+  }
+
+  __device__ __forceinline__ void store(int h, int offset, const Bytes16& x) const {
+    if (offset < left_[h]) store16<Traits::kStore>(row_[h] + offset, x);
+  }
+
+  // The words of kVec neighbouring elements, of which the first is a block's first.
+  __device__ __forceinline__ void words(const NoiseSource& source, int h, int offset,
+                                        uint32_t (&out)[kVec]) const {
+    const auto block = static_cast<uint64_t>(first_[h] + offset) / 4;
+#pragma unroll
+    for (int i = 0; i < kVec; i += 4) {
+      const Words words = block_words(source, block + i / 4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i + j] = words.w[j];
+    }
+  }
+
+ private:
+  W* row_[2];
+  int64_t first_[2];  // row-major index in the whole matrix
+  int left_[2];       // columns, none in a row outside of it
+};
+
+// The same for a W of any alignment, whose rows may also be cut where those of (m', n') are not.
+// Element by element, and small: speed is for the others.
+template <class Traits>
+class WeightElements {
+  using W = typename Traits::W;
+  static constexpr int kVec = Traits::kVec;
+
+ public:
+  __device__ WeightElements(const UpdateItem& item, int64_t row, int64_t column, int columns)
+      : item_(item), row_(row), column_(column), columns_(columns) {}
+
+  // W = decay W + sum for kVec neighbours, the sums `added`.
+  __device__ __forceinline__ void update(int h, int offset, const float (&added)[kVec],
+                                         const UpdateCall& call, const NoiseSource& source) const {
+    const int count = row_ + 8 * h < item_.rows ? columns_ - offset : 0;
+    if (count <= 0) return;
+    const int64_t element = (row_ + 8 * h) * item_.columns + column_ + offset;
+    W* at = static_cast<W*>(item_.w);
+    int64_t left = kVec;  // in this row of W
+    if (item_.w_columns == 0) {
+      at += (row_ + 8 * h) * item_.w_stride + column_ + offset;
+    } else {
+      const int64_t row = element / item_.w_columns, column = element % item_.w_columns;
+      at += row * item_.w_stride + column;
+      left = item_.w_columns - column;
+    }
+    W* place[kVec];
+    W old[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      place[i] = at;
+      old[i] = i < count ? *at : W{};
+      ++at;
+      if (--left == 0) at += item_.w_stride - item_.w_columns, left = item_.w_columns;
+    }
+    constexpr int kBlocks = kVec / 4 + 1;
+    uint32_t words[4 * kBlocks] = {};
+    if (call.stochastic && sizeof(W) == 2) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const Words block = block_words(source, static_cast<uint64_t>(element) / 4 + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[4 * i + j] = block.w[j];
+      }
+    }
+    const int skip = static_cast<int>(element % 4);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const float value = added_to(to_float(old[i]), added[i], call);
+      uint32_t word = words[i];
+#pragma unroll
+      for (int j = 1; j < 4; ++j) word = skip == j ? words[i + j] : word;
+      if (call.stochastic)
+        round_stochastic(value, word, old[i]);
+      else
+        round_nearest(value, old[i]);
+      if (i < count) *place[i] = old[i];
+    }
+  }
+
+ private:
+  const UpdateItem& item_;
+  int64_t row_, column_;
+  int columns_;
+};
+
+}  // namespace subzero::cuda

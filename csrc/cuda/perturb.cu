@@ -1,0 +1,57 @@
+// perturb_ and perturb_many_: the noise of their cores, and the update (lowrank_update.cu).
+#include "lowrank_core.cuh"
+
+namespace subzero::cuda {
+namespace {
+
+// One block of the generator per thread: blockIdx.y is the item.
+template <class Batch>
+__global__ void core_sum_kernel(const __grid_constant__ Batch batch, UpdateCall call,
+                                float* cores) {
+  const UpdateItem& item = batch.items[blockIdx.y];
+  const int size = item.rank * item.rank;
+  float* const core = cores + item.core;
+  const int step = static_cast<int>(gridDim.x * blockDim.x);
+  for (int quad = static_cast<int>(first_item()); 4 * quad < size; quad += step) {
+    const Normals value = core_quad(item, call, static_cast<uint32_t>(quad));
+    for (int j = 0; j < 4 && 4 * quad + j < size; ++j) core[4 * quad + j] = value.z[j];
+  }
+}
+
+}  // namespace
+
+cudaError_t make_cores(const UpdateLaunch& launch, const UpdateCall& call, float* cores,
+                       cudaStream_t stream) {
+  const int quads = (launch.most_rank * launch.most_rank + 3) / 4;
+  const dim3 grid(static_cast<unsigned>((quads + kThreads - 1) / kThreads),
+                  static_cast<unsigned>(launch.count));
+  if (launch.few)
+    core_sum_kernel<<<grid, kThreads, 0, stream>>>(*launch.few, call, cores);
+  else
+    core_sum_kernel<<<grid, kThreads, 0, stream>>>(*launch.many, call, cores);
+  return cudaGetLastError();
+}
+
+PerturbPlan::PerturbPlan() : plan_(new UpdatePlan) {}
+PerturbPlan::~PerturbPlan() {
+  delete plan_;
+}
+
+Status PerturbPlan::prepare(const LowRank* items, int64_t count, int device) {
+  return plan_->prepare(items, count, device);
+}
+
+int64_t PerturbPlan::scratch_bytes(int64_t queries) const {
+  return plan_->scratch_bytes(queries);
+}
+
+Status PerturbPlan::perturb_(const Queries& queries, Rounding rounding, void* scratch,
+                             const Launch& launch) const {
+  UpdateCall call{};
+  call.coeff = queries.coeff, call.queries = queries.count, call.rng = queries.rng;
+  call.decay = 1.0f;
+  call.stochastic = rounding == Rounding::stochastic;
+  return plan_->run(call, scratch, static_cast<cudaStream_t>(launch.stream));
+}
+
+}  // namespace subzero::cuda

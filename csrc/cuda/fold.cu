@@ -10,7 +10,8 @@ Status fold_(const Fold& args, const Launch& launch) {
   call.cores = args.core;
   call.rng = args.rng;
   call.decay = static_cast<float>(args.decay);
-  call.decay_rest = static_cast<float>(args.decay - static_cast<double>(call.decay));
+  if (args.item.w.dtype == Dtype::float32)
+    call.decay_rest = static_cast<float>(args.decay - static_cast<double>(call.decay));
   call.stochastic = args.rounding == Rounding::stochastic;
   return plan.run(call, nullptr, static_cast<cudaStream_t>(launch.stream));
 }

@@ -61,7 +61,7 @@ struct UpdateCall {
   int64_t queries;
   const int64_t* rng;
   float decay;
-  float decay_rest;  // what fp32 loses of it
+  float decay_rest;  // what fp32 loses of it, for fp32 weights
   bool stochastic;
 };
 

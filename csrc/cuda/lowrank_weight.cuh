@@ -106,7 +106,7 @@ __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 w = unpack(W{}, old.word[i]);
-      const float low = fma_(call.decay, w.x, sum[2 * i]);
+      const float low = fma_(call.decay, w.x, sum[2 * i]);  // decay_rest is for fp32
       const float high = fma_(call.decay, w.y, sum[2 * i + 1]);
       x.word[i] = words == nullptr ? round_pair(W{}, low, high)
                                    : round_pair(W{}, low, high, words[2 * i], words[2 * i + 1]);

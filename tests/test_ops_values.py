@@ -108,18 +108,18 @@ def test_stochastic_rounding_uses_the_words_of_purpose_4(target, dtype, op):
         sk.fold_(got, u_, v_, core_, rng=rng, stream=stream, rounding="stochastic")
     exact = (w.double() + added).float()
     word = oracle.words(SEED, DRAW, 4 << 28 | 77, range(w.numel())).tolist()
-    expected = torch.tensor(
-        [
-            oracle.round_stochastic(x, int(bits), dtype)
-            for x, bits in zip(exact.flatten().tolist(), word, strict=True)
-        ],
-        dtype=torch.float64,
-    ).reshape(shape)
-    wrong = got.cpu().double() != expected
-    # The fp32 sums differ in their last bits, so a fraction may fall on the other side of its word.
-    assert wrong.sum() <= 2
-    gap = torch.finfo(dtype).eps * exact.double().abs() * 2
-    assert ((got.cpu().double() - expected).abs() <= gap).all()
+    # A sum that is off by what the contract allows may fall on the other side of its word.
+    error = 4 * 2e-3 * added.square().mean().sqrt().item()
+
+    def rounded(offset: float) -> torch.Tensor:
+        pairs = zip((exact + offset).flatten().tolist(), word, strict=True)
+        values = [oracle.round_stochastic(x, int(bits), dtype) for x, bits in pairs]
+        return torch.tensor(values, dtype=torch.float64).reshape(shape)
+
+    expected = rounded(0.0)
+    got = got.cpu().double()
+    assert ((rounded(-error) <= got) & (got <= rounded(error))).all()
+    assert (got != expected).float().mean() < 0.05
     assert (expected != exact.to(dtype).double()).any(), "nearest would pass as well"
 
 

@@ -5,7 +5,7 @@
 namespace subzero::cuda {
 namespace {
 
-// Measured on H200 (benchmarks/tune_perturb.py). A tile row is 128 bytes, a cache line.
+// Not tuned yet. A tile row is 128 bytes, a cache line.
 template <class W, class B, int kRank>
 constexpr bool kTwo = sizeof(W) == sizeof(B) ? kRank <= (sizeof(W) == 2 ? 128 : 64) : kRank <= 32;
 template <class W, class B, int kRank>

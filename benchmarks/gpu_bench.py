@@ -1,0 +1,244 @@
+"""What the GPU benchmarks share: how to time, the ceilings of the memory, shapes, the CSV.
+
+Times are those of the GPU alone: a call is captured in a CUDA graph, replayed between two CUDA
+events, and the median of several repeats is taken. What is compared is timed in turn, so that a
+warm or busy GPU slows all alike.
+
+    calls = rotated(lambda: make(...), bytes_each)      # buffers past the L2, one call for each
+    us = interleaved_us({"ours": calls, "addmm_": others})
+    ceilings = measure_ceilings(device)                 # TB/s of a copy and of an in-place add
+    write_csv(path, rows, machine())
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], Any]
+Shape = tuple[int, ...]
+
+
+# ---- shapes of models
+
+
+class Model(NamedTuple):
+    """The shapes of all parameters that fine-tuning trains."""
+
+    matrices: list[Shape]
+    vectors: list[Shape]
+
+    @property
+    def tensors(self) -> list[Shape]:
+        return self.matrices + self.vectors
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.tensors)
+
+
+def _opt(layers: int, width: int) -> Model:
+    inner = 4 * width
+    layer = [*4 * [(width, width)], (inner, width), (width, inner)]
+    vectors = [*4 * [(width,)], (inner,), (width,), *4 * [(width,)]]  # biases, then norms
+    return Model(
+        [(50272, width), (2050, width), *layers * layer], [*layers * vectors, (width,), (width,)]
+    )
+
+
+def _llama3_8b() -> Model:
+    layer = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)]
+    layer += [(14336, 4096), (14336, 4096), (4096, 14336)]
+    return Model([(128256, 4096), (128256, 4096), *32 * layer], 65 * [(4096,)])
+
+
+MODELS = {
+    "OPT-1.3B": _opt(24, 2048),
+    "OPT-13B": _opt(40, 5120),
+    "Llama-3-8B": _llama3_8b(),
+}
+RANKS = {"OPT-1.3B": 24, "OPT-13B": 64, "Llama-3-8B": 64}
+
+
+def opt_13b_lora(rank: int = 8) -> list[Shape]:
+    """The LoRA tensors on q and v of OPT-13B: A (r, n) and B (m, r)."""
+    return 80 * [(rank, 5120), (5120, rank)]
+
+
+# ---- time
+
+
+class _Captured:
+    """Some calls as one CUDA graph, and how often it is replayed between two events."""
+
+    def __init__(self, calls: Sequence[Call], least_ms: float) -> None:
+        self._count = len(calls)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls[:2]:  # loads kernels, makes workspaces, compiles
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                call()
+        self._replays = 1
+        self.us()  # the first replay uploads the graph
+        once = self.us() * self._count / 1e3
+        self._replays = max(1, min(200, round(least_ms / max(once, 1e-3))))
+
+    def us(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(self._replays):
+            self._graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / (self._replays * self._count)
+
+
+def interleaved_us(
+    contestants: Mapping[str, Call | Sequence[Call]], repeats: int = 7, least_ms: float = 3.0
+) -> dict[str, float]:
+    """Microseconds of one call of each contestant, the medians of interleaved repeats.
+
+    A contestant is a call without arguments or several, one for each rotated buffer. A measurement
+    lasts ``least_ms`` or longer.
+    """
+    captured = {
+        name: _Captured([calls] if callable(calls) else list(calls), least_ms)
+        for name, calls in contestants.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in captured}
+    for _ in range(repeats):
+        for name, graph in captured.items():
+            times[name].append(graph.us())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_us(call: Call | Sequence[Call], repeats: int = 7, least_ms: float = 3.0) -> float:
+    """:func:`interleaved_us` of one contestant."""
+    return interleaved_us({"": call}, repeats, least_ms)[""]
+
+
+def rotated(make: Callable[[], Call], bytes_each: int, device: int = 0) -> list[Call]:
+    """Calls on buffers of their own, so many that none finds its data in the L2 cache."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return [make() for _ in range(min(512, 1 + -(-4 * cache // max(1, bytes_each))))]
+
+
+def peak_bytes(call: Call) -> int:
+    """Bytes that a call allocates beyond what is allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Ceilings(NamedTuple):
+    """Bytes read plus bytes written, in TB/s."""
+
+    copy: float
+    add: float
+
+
+def measure_ceilings(device: int | torch.device = 0, nbytes: int = 1 << 31) -> Ceilings:
+    """What a copy and an in-place add reach on this GPU now: the faster of fp32 and bf16."""
+    with torch.cuda.device(device):
+        source = torch.zeros(nbytes // 4, device="cuda")
+        target = torch.empty_like(source)
+        halves = source.view(torch.bfloat16)
+        us = interleaved_us(
+            {
+                "copy": lambda: target.copy_(source),
+                "add fp32": lambda: source.add_(1.0),
+                "add bf16": lambda: halves.add_(1.0),
+            }
+        )
+    speed = {name: 2 * nbytes / time / 1e6 for name, time in us.items()}
+    return Ceilings(speed["copy"], max(speed["add fp32"], speed["add bf16"]))
+
+
+# ---- where and what
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def machine(device: int = 0) -> dict[str, str]:
+    """The hardware and the versions that a result holds for."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    here = str(Path(__file__).parent)
+    commit = os.environ.get("BENCH_COMMIT") or _output(
+        ["git", "-C", here, "describe", "--always", "--dirty"]
+    )
+    triton = ""
+    if importlib.util.find_spec("triton") is not None:
+        triton = importlib.import_module("triton").__version__
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": (_output(query).splitlines() or ["unknown"])[0],
+        "cuda": torch.version.cuda or "",
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_csv(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], where: Mapping[str, str]
+) -> Path:
+    """Rows with the columns of the first that has them, each followed by where it was measured."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, [*columns, *where], restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows({**row, **where} for row in rows)
+    print(f"written: {path}")
+    return path
+
+
+# ---- one kernel under the profiler
+
+
+def profile_once(call: Call) -> None:
+    """One warm call, then one between the marks that ncu and nsys look for."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def under_ncu(arguments: Sequence[str]) -> int:
+    """Run this very script under ncu with other arguments, which make it call profile_once."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        print("ncu is missing: install NVIDIA Nsight Compute, or put it on PATH")
+        return 1
+    command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--set", "detailed"]
+    return subprocess.run([*command, sys.executable, sys.argv[0], *arguments]).returncode

@@ -119,7 +119,7 @@ def test_stochastic_rounding_uses_the_words_of_purpose_4(target, dtype, op):
     expected = rounded(0.0)
     got = got.cpu().double()
     assert ((rounded(-error) <= got) & (got <= rounded(error))).all()
-    assert (got != expected).float().mean() < 0.05
+    assert (got != expected).float().mean() < 0.3
     assert (expected != exact.to(dtype).double()).any(), "nearest would pass as well"
 
 

@@ -18,6 +18,8 @@ class DeviceGuard {
       error_ = cudaSetDevice(device);
       changed_ = error_ == cudaSuccess;
     }
+    // Reported here: what stays with the runtime would be taken for the next launch's error.
+    if (error_ != cudaSuccess) cudaGetLastError();
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);

@@ -8,11 +8,17 @@
 namespace subzero::cuda {
 namespace {
 
-// Not tuned yet. A tile row is 128 bytes, a cache line.
+// Measured on an H100, share of the in-place-add bandwidth: two warps beside each other (rows of
+// 256 bytes) against eight below each other, OPT-13B at rank 64 in bf16 0.84 against 0.79, OPT-1.3B
+// at rank 24 1.01 against 0.94; for fp32 and at rank 128 eight are as good or better (0.78 against
+// 0.85 at rank 24). A tile row of a warp is 128 bytes, a cache line.
 template <class W, class B, int kRank>
 constexpr bool kTwo = sizeof(W) == sizeof(B) ? kRank <= (sizeof(W) == 2 ? 128 : 64) : kRank <= 32;
+template <class W, int kRank>
+constexpr int kAcross = sizeof(W) == 2 && kRank <= 64 ? 2 : 1;
 template <class W, class B, int kRank>
-using Chosen = Shape<8, 1, 128 / sizeof(W), kTwo<W, B, kRank> ? 2 : 1>;
+using Chosen =
+    Shape<8 / kAcross<W, kRank>, kAcross<W, kRank>, 128 / sizeof(W), kTwo<W, B, kRank> ? 2 : 1>;
 
 // kFew: worth a kernel of its own for short lists.
 template <class T, Access kAccess, bool kFew>

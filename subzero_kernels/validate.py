@@ -110,13 +110,16 @@ def check_perturb_plan(
 
 
 def check_perturb_plan_call(
-    ws: Sequence[Tensor], coeff: Tensor, rng: Tensor, *, rounding: str = "nearest"
+    lead: Tensor | None, coeff: Tensor, rng: Tensor, *, rounding: str = "nearest"
 ) -> None:
-    """What a plan cannot know beforehand: the arguments that change from call to call."""
-    check_coeff(coeff, deciding(ws))
+    """What a plan cannot know beforehand: the arguments that change from call to call.
+
+    ``lead`` is what :func:`check_perturb_plan` returned; all ws are on its device.
+    """
+    check_coeff(coeff, lead)
     check_rng(rng)
     read = [("coeff", coeff), ("rng", rng)]
-    check_device(numbered("ws", ws[:1]) + read)
+    check_device(read if lead is None else [("ws[0]", lead), *read])
     check_no_grad(read)
     check_rounding(rounding)
 
@@ -132,7 +135,7 @@ def check_perturb_many_(
     rounding: str = "nearest",
 ) -> Tensor | None:
     lead = check_perturb_plan(ws, us, vs, streams=streams)
-    check_perturb_plan_call(ws, coeff, rng, rounding=rounding)
+    check_perturb_plan_call(lead, coeff, rng, rounding=rounding)
     check_memory(numbered("ws", ws), [("coeff", coeff), ("rng", rng)])
     return lead
 

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the model's weights")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="first ones first"
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="in their order"
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--long", nargs="*", default=[], help="methods to run at 10,000")
@@ -68,9 +68,7 @@ def main() -> None:
         for device in args.devices:
             for _ in range(args.workers):
                 context = mp.get_context("spawn")
-                process = context.Process(
-                    target=work, args=(args, device, todo, done), daemon=True
-                )
+                process = context.Process(target=work, args=(args, device, todo, done), daemon=True)
                 process.start()
                 workers.append(process)
         collect(planner, workers, todo, done, args)
@@ -112,8 +110,7 @@ def collect(planner: Planner, workers: list[Any], todo: Any, done: Any, args: An
 
 
 class Planner:
-    """Which job comes next: long runs first, then by task, method and budget; final runs once dev has
-    chosen."""
+    """Which job comes next: long runs first, then by task, method, budget; tests after dev."""
 
     def __init__(self, args: Any, records: list[Record]) -> None:
         self.records = records

@@ -141,11 +141,41 @@ static SUBZERO_HD float fma_(float a, float b, float c) {
 #endif
 }
 
+// The square root of zero or of a normal number from 2^-50 to 2^50, correctly rounded.
 static SUBZERO_HD float sqrt_(float x) {
 #if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
+  // What __fsqrt_rn does for such numbers, without its branch for all others. The added 2^-80 is
+  // lost in them and keeps the root of zero, of either sign, from being 0 times infinity.
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x + 0x1p-80f));
+  const float root = x * inverse;
+  return fma_(fma_(-root, root, x), inverse * 0.5f, root);
 #else
   return __builtin_sqrtf(x);  // one instruction under -fno-math-errno
+#endif
+}
+
+// From 1 to 2: the number whose mantissa is those bits of x that `mask` has.
+static SUBZERO_HD float one_and(uint32_t x, uint32_t mask) {
+#if defined(__CUDA_ARCH__)  // one instruction, of which the compiler makes two
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, 0x3f800000, 0xea;" : "=r"(bits) : "r"(x), "r"(mask));
+  return bits_float(bits);
+#else
+  return bits_float((x & mask) | 0x3f800000u);
+#endif
+}
+
+// `yes` if x has any bit of `mask`, else `no`.
+static SUBZERO_HD float if_bit(uint32_t x, uint32_t mask, float yes, float no) {
+#if defined(__CUDA_ARCH__)  // the test is one instruction, of which the compiler makes three
+  float chosen;
+  asm("{.reg .pred p; .reg .b32 t; and.b32 t, %1, %2; setp.ne.u32 p, t, 0; selp.f32 %0, %3, %4, p;}"
+      : "=f"(chosen)
+      : "r"(x), "r"(mask), "f"(yes), "f"(no));
+  return chosen;
+#else
+  return x & mask ? yes : no;
 #endif
 }
 
@@ -156,54 +186,56 @@ static SUBZERO_HD float uniform_open(uint32_t word) {
   return fma_(static_cast<float>(static_cast<int32_t>(word >> 8)), 0x1p-24f, 0x1p-25f);
 }
 
-// ln u for normal u > 0. With u = 2^e (1 + f), sqrt(1/2) <= 1 + f < sqrt(2):
-// ln u = e ln 2 + f - f^2 / 2 + f^3 p(f).
-static SUBZERO_HD float ln(float u) {
+// 2 ln u for normal u > 0. With u = 2^e (1 + f), sqrt(1/2) <= 1 + f < sqrt(2):
+// ln u = e ln 2 + f - f^2 / 2 + f^3 p(f). Twice that costs nothing, as all factors 2 are exact.
+static SUBZERO_HD float twice_ln(float u) {
   const uint32_t bits = float_bits(u);
-  const int32_t e = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // 0x3f3504f3 is sqrt(1/2)
-  const float f = bits_float(bits - (static_cast<uint32_t>(e) << 23)) - 1.0f;
-  const float n = static_cast<float>(e);
+  const uint32_t exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // e 2^23; 0x3f3504f3: sqrt(1/2)
+  const float f = bits_float(bits - exponent) - 1.0f;
+  const float n = static_cast<float>(static_cast<int32_t>(exponent));
   const float f2 = f * f;
-  float p = -0x1.38b580p-4f;
-  p = fma_(p, f, 0x1.055b6ap-3f);
-  p = fma_(p, f, -0x1.0d8542p-3f);
-  p = fma_(p, f, 0x1.22da1cp-3f);
-  p = fma_(p, f, -0x1.547244p-3f);
-  p = fma_(p, f, 0x1.99a008p-3f);
-  p = fma_(p, f, -0x1.000226p-2f);
-  p = fma_(p, f, 0x1.555554p-2f);
-  float tail = fma_(n, -0x1.05c610p-29f, p * (f2 * f));  // ln 2 in two floats: this is the lower
-  tail = fma_(f2, -0.5f, tail);
-  return fma_(n, 0x1.62e430p-1f, f + tail);
+  float p = -0x1.38b580p-3f;
+  p = fma_(p, f, 0x1.055b6ap-2f);
+  p = fma_(p, f, -0x1.0d8542p-2f);
+  p = fma_(p, f, 0x1.22da1cp-2f);
+  p = fma_(p, f, -0x1.547244p-2f);
+  p = fma_(p, f, 0x1.99a008p-2f);
+  p = fma_(p, f, -0x1.000226p-1f);
+  p = fma_(p, f, 0x1.555554p-1f);
+  float tail = fma_(n, -0x1.05c610p-51f, p * (f2 * f));  // ln 2 in two floats: this is the lower
+  tail = tail - f2;
+  return fma_(n, 0x1.62e430p-23f, fma_(f, 2.0f, tail));
 }
 
-struct SinCos {
-  float sin;
-  float cos;
+// r = sqrt(-2 ln u), -0 for u = 1.
+static SUBZERO_HD float radius(uint32_t word) {
+  return sqrt_(-twice_ln(uniform_open(word)));
+}
+
+struct Pair {
+  float even;
+  float odd;
 };
 
-// sin and cos of 2 pi t for t = (word >> 8) 2^-24 turns. The quadrant is taken off the 24-bit
+// r cos(2 pi t) and r sin(2 pi t) for t = (word >> 8) 2^-24 turns. The quadrant is taken off the
 // integer, so the reduction is exact and the multiples of a quarter turn give exact 0 and 1.
-static SUBZERO_HD SinCos sincos_turns(uint32_t word) {
-  const int32_t turns = static_cast<int32_t>(word >> 8);
-  const int32_t quadrant = (turns + (1 << 21)) >> 22;
-  const float f = static_cast<float>(turns - (quadrant << 22)) * 0x1p-24f;  // |f| <= 1/8 turn
+static SUBZERO_HD Pair on_circle(float r, uint32_t word) {
+  const uint32_t moved = word + 0x20000000u;  // by 1/8 turn: its first two bits are the quadrant
+  const float f = one_and(moved >> 7, 0x007ffffeu) - 1.5f;  // of a quadrant, |f| <= 1/2
   const float x = f * f;
-  float s = -0x1.2dd048p+6f;
-  s = fma_(s, x, 0x1.466032p+6f);
-  s = fma_(s, x, -0x1.4abbc0p+5f);
-  s = fma_(s, x, -0x1.777a5cp-23f);  // 2 pi in two floats: this is the lower
-  s = fma_(f, 0x1.921fb6p+2f, f * s);
-  float c = 0x1.d9f7bcp+5f;
-  c = fma_(c, x, -0x1.55c664p+6f);
-  c = fma_(c, x, 0x1.03c1dep+6f);
-  c = fma_(c, x, -0x1.3bd3ccp+4f);
+  float s = -0x1.2dd048p-8f;
+  s = fma_(s, x, 0x1.466032p-4f);
+  s = fma_(s, x, -0x1.4abbc0p-1f);
+  s = fma_(s, x, -0x1.777a5cp-25f);  // pi / 2 in two floats: this is the lower
+  s = fma_(f, 0x1.921fb6p+0f, f * s);
+  float c = 0x1.d9f7bcp-11f;
+  c = fma_(c, x, -0x1.55c664p-6f);
+  c = fma_(c, x, 0x1.03c1dep-2f);
+  c = fma_(c, x, -0x1.3bd3ccp+0f);
   c = fma_(c, x, 1.0f);
-  const bool odd = quadrant & 1;
-  const uint32_t sin_sign = static_cast<uint32_t>(quadrant & 2) << 30;
-  const uint32_t cos_sign = static_cast<uint32_t>((quadrant + 1) & 2) << 30;
-  return {bits_float(float_bits(odd ? c : s) ^ sin_sign),
-          bits_float(float_bits(odd ? s : c) ^ cos_sign)};
+  // The quadrants 2 and 3 are 0 and 1 with both signs changed; 1 and 3 have sine for cosine.
+  r = bits_float(float_bits(r) ^ (moved & 0x80000000u));
+  return {r * if_bit(moved, 0x40000000u, -s, c), r * if_bit(moved, 0x40000000u, c, s)};
 }
 
 // ---- normals
@@ -212,13 +244,14 @@ struct Normals {
   float z[4];
 };
 
+static SUBZERO_HD Normals normals_of(const Words& words) {
+  const Pair first = on_circle(radius(words.w[0]), words.w[1]);
+  const Pair second = on_circle(radius(words.w[2]), words.w[3]);
+  return {{first.even, first.odd, second.even, second.odd}};
+}
+
 static SUBZERO_HD Normals block_normals(const NoiseSource& source, uint64_t block) {
-  const Words words = block_words(source, block);
-  const float r0 = sqrt_(-2.0f * ln(uniform_open(words.w[0])));
-  const float r1 = sqrt_(-2.0f * ln(uniform_open(words.w[2])));
-  const SinCos a0 = sincos_turns(words.w[1]);
-  const SinCos a1 = sincos_turns(words.w[3]);
-  return {{r0 * a0.cos, r0 * a0.sin, r1 * a1.cos, r1 * a1.sin}};
+  return normals_of(block_words(source, block));
 }
 
 }  // namespace subzero

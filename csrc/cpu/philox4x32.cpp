@@ -26,14 +26,14 @@ Status philox4x32(const Philox4x32& args, const Launch& launch) {
 
 Status ln(int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i)
-    out[i] = subzero::ln(uniform_open(static_cast<uint32_t>(first + i) << 8));
+    out[i] = 0.5f * twice_ln(uniform_open(static_cast<uint32_t>(first + i) << 8));
   return Status{};
 }
 
 Status sincos_turns(int64_t first, int64_t count, float* sin, float* cos) {
   for (int64_t i = 0; i < count; ++i) {
-    const SinCos both = subzero::sincos_turns(static_cast<uint32_t>(first + i) << 8);
-    sin[i] = both.sin, cos[i] = both.cos;
+    const Pair both = on_circle(1.0f, static_cast<uint32_t>(first + i) << 8);
+    sin[i] = both.odd, cos[i] = both.even;
   }
   return Status{};
 }

@@ -2,7 +2,8 @@
 
 Times are those of the GPU alone: a call is captured in a CUDA graph, replayed between two CUDA
 events, and the median of several repeats is taken. What is compared is timed in turn, so that a
-warm or busy GPU slows all alike.
+warm or busy GPU slows all alike. Without a GPU everything runs by the wall clock, so that a
+test can see that a benchmark works.
 
     calls = rotated(lambda: make(...), bytes_each)      # buffers past the L2, one call for each
     us = interleaved_us({"ours": calls, "addmm_": others})
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +113,20 @@ class _Captured:
         return start.elapsed_time(end) * 1e3 / (self._replays * self._count)
 
 
+class _Repeated:
+    """Calls on the CPU, one after another, by the wall clock."""
+
+    def __init__(self, calls: Sequence[Call], least_ms: float) -> None:
+        self._calls = calls
+        self.us()
+
+    def us(self) -> float:
+        start = time.perf_counter()
+        for call in self._calls:
+            call()
+        return (time.perf_counter() - start) * 1e6 / len(self._calls)
+
+
 def interleaved_us(
     contestants: Mapping[str, Call | Sequence[Call]], repeats: int = 7, least_ms: float = 3.0
 ) -> dict[str, float]:
@@ -119,8 +135,9 @@ def interleaved_us(
     A contestant is a call without arguments or several, one for each rotated buffer. A measurement
     lasts ``least_ms`` or longer.
     """
+    timed = _Captured if torch.cuda.is_available() else _Repeated
     captured = {
-        name: _Captured([calls] if callable(calls) else list(calls), least_ms)
+        name: timed([calls] if callable(calls) else list(calls), least_ms)
         for name, calls in contestants.items()
     }
     times: dict[str, list[float]] = {name: [] for name in captured}
@@ -137,12 +154,17 @@ def time_us(call: Call | Sequence[Call], repeats: int = 7, least_ms: float = 3.0
 
 def rotated(make: Callable[[], Call], bytes_each: int, device: int = 0) -> list[Call]:
     """Calls on buffers of their own, so many that none finds its data in the L2 cache."""
+    if not torch.cuda.is_available():
+        return [make()]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return [make() for _ in range(min(512, 1 + -(-4 * cache // max(1, bytes_each))))]
 
 
 def peak_bytes(call: Call) -> int:
-    """Bytes that a call allocates beyond what is allocated before it."""
+    """Bytes of GPU memory that a call allocates beyond what is allocated before it."""
+    if not torch.cuda.is_available():
+        call()
+        return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -158,20 +180,19 @@ class Ceilings(NamedTuple):
     add: float
 
 
-def measure_ceilings(device: int | torch.device = 0, nbytes: int = 1 << 31) -> Ceilings:
-    """What a copy and an in-place add reach on this GPU now: the faster of fp32 and bf16."""
-    with torch.cuda.device(device):
-        source = torch.zeros(nbytes // 4, device="cuda")
-        target = torch.empty_like(source)
-        halves = source.view(torch.bfloat16)
-        us = interleaved_us(
-            {
-                "copy": lambda: target.copy_(source),
-                "add fp32": lambda: source.add_(1.0),
-                "add bf16": lambda: halves.add_(1.0),
-            }
-        )
-    speed = {name: 2 * nbytes / time / 1e6 for name, time in us.items()}
+def measure_ceilings(device: int | str | torch.device = 0, nbytes: int = 1 << 31) -> Ceilings:
+    """What a copy and an in-place add reach on this device now: the faster of fp32 and bf16."""
+    source = torch.zeros(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    halves = source.view(torch.bfloat16)
+    us = interleaved_us(
+        {
+            "copy": lambda: target.copy_(source),
+            "add fp32": lambda: source.add_(1.0),
+            "add bf16": lambda: halves.add_(1.0),
+        }
+    )
+    speed = {name: 2 * nbytes / each / 1e6 for name, each in us.items()}
     return Ceilings(speed["copy"], max(speed["add fp32"], speed["add bf16"]))
 
 
@@ -196,7 +217,7 @@ def machine(device: int = 0) -> dict[str, str]:
     if importlib.util.find_spec("triton") is not None:
         triton = importlib.import_module("triton").__version__
     return {
-        "gpu": torch.cuda.get_device_name(device),
+        "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
         "driver": (_output(query).splitlines() or ["unknown"])[0],
         "cuda": torch.version.cuda or "",
         "torch": torch.__version__,

@@ -36,11 +36,17 @@ def _choice_lines(device: str) -> list[str]:
 
     lines = []
     for op in ops.OPS:
-        try:
-            choice = backends.choose(op, device)
-            lines.append(f"  {op:<18} {choice.backend:<10} {choice.reason}")
-        except (RuntimeError, ValueError) as error:
-            lines.append(f"  {op:<18} {'error':<10} {error}")
+        # A line for each backend that runs the op on one kind of tensors or another.
+        seen: set[str] = set()
+        for kind in (backends.kinds(op) if device == "cuda" else []) or [""]:
+            try:
+                choice = backends.choose(op, device, kind=kind)
+                if choice.backend not in seen:
+                    lines.append(f"  {op:<18} {choice.backend:<10} {choice.reason}")
+                seen.add(choice.backend)
+            except (RuntimeError, ValueError) as error:
+                lines.append(f"  {op:<18} {'error':<10} {error}")
+                break
     return lines
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import validate
-from .backends import choose
+from .backends import LARGE, choose, kind_of
 
 NAMESPACE = "subzero"
 
@@ -49,7 +49,9 @@ def _define(
         lead = check(*args, **kwargs)
         if lead is None:
             return None
-        chosen = choose(name, lead.device.type, lead.dtype is torch.float64)
+        dtype = lead.dtype
+        kind = kind_of(dtype, lead.numel() >= LARGE)
+        chosen = choose(name, lead.device.type, dtype is torch.float64, kind)
         return chosen.function(*args, **kwargs)
 
     def fake(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, validate
-from .backends import choose, load
+from .backends import LARGE, choose, kind_of, load
 
 
 class PerturbPlan:
@@ -67,7 +67,9 @@ class PerturbPlan:
         if self._lead is None:
             return
         lead = self._lead
-        chosen = choose("perturb_many_", lead.device.type, lead.dtype is torch.float64)
+        kind = kind_of(lead.dtype, lead.numel() >= LARGE)
+        float64 = lead.dtype is torch.float64
+        chosen = choose("perturb_many_", lead.device.type, float64, kind)
         self._prepare(chosen.backend)(coeff, rng, rounding=rounding)
 
     def _prepare(self, backend: str) -> Callable[..., None]:

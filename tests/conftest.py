@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +19,13 @@ class Target(NamedTuple):
 
 
 def _targets() -> list[Target]:
-    """reference runs everywhere; a native backend where it is built and its device is there."""
+    """reference runs everywhere; a native backend where it is built and its device is there.
+
+    Under TRITON_INTERPRET=1, Triton's interpreter and nothing else: test_triton_interpreter.py runs
+    the tests of the ops that way, in a process of its own.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [Target("triton", "cpu")]
     targets = [Target("reference", "cpu")]
     if backends.load("cpu")[0] is not None:
         targets.append(Target("cpu", "cpu"))
@@ -26,6 +33,8 @@ def _targets() -> list[Target]:
         targets.append(Target("reference", "cuda"))
         if backends.load("cuda")[0] is not None:
             targets.append(Target("auto", "cuda"))  # the cuda backend where it has the op
+        if backends.load("triton")[0] is not None:
+            targets.append(Target("triton", "cuda"))
     return targets
 
 

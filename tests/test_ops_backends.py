@@ -104,7 +104,7 @@ def test_the_report_works_without_torch(without_torch):
 def test_the_report_shows_a_forced_backend_that_is_not_there():
     done = run("-m", "subzero_kernels", SUBZERO_BACKEND="triton")
     assert done.returncode == 0
-    assert "the triton backend is not part of this version" in done.stdout
+    assert f"cannot run normal_: {why_not_triton()}" in done.stdout
     assert "SUBZERO_BACKEND: triton" in done.stdout
 
 
@@ -112,6 +112,11 @@ def test_the_report_shows_an_unknown_name():
     done = run("-m", "subzero_kernels", SUBZERO_BACKEND="gpu")
     assert done.returncode == 0
     assert "expected auto, cuda, triton, cpu, reference, got 'gpu'" in done.stdout
+
+
+def why_not_triton() -> str:
+    """Why it does not run normal_ on CPU tensors: not installed, no GPU, or the tensors' device."""
+    return backends._usable("triton", "normal_", "cpu", False)[1]
 
 
 def arguments() -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -124,8 +129,8 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, int]:
         (
             "triton",
             RuntimeError,
-            "SUBZERO_BACKEND=triton cannot run normal_: the triton backend is not part of this "
-            "version; set SUBZERO_BACKEND=auto or SUBZERO_BACKEND=reference",
+            "SUBZERO_BACKEND=triton cannot run normal_: {why_not_triton}; "
+            "set SUBZERO_BACKEND=auto or SUBZERO_BACKEND=reference",
         ),
         (
             "Reference",
@@ -140,7 +145,7 @@ def test_a_forced_backend_that_cannot_run_is_an_error(monkeypatch, setting, kind
     out, rng, stream = arguments()
     with pytest.raises(kind) as caught:
         sk.normal_(out, rng, stream)
-    assert str(caught.value) == message
+    assert str(caught.value) == message.format(why_not_triton=why_not_triton())
     assert not out.any()
 
 
@@ -204,6 +209,74 @@ def test_a_backend_without_the_op_is_passed_over(monkeypatch):
             backends._choose("cuda", "normal_", "cpu", False)
     finally:
         backends._choose.cache_clear()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Two backends for GPUs that have all ops, and times of them; no GPU is needed."""
+
+    class Native:
+        OPS = reference.OPS
+
+    for op in reference.OPS:
+        setattr(Native, op, staticmethod(getattr(reference, op)))
+    missing: set[str] = set()
+    times = {
+        "fold_": {
+            "bfloat16 large": {"cuda": 10.0, "triton": 8.0},
+            "float32 large": {"cuda": 8.0, "triton": 10.0},
+            "float16 large": {"cuda": 10.0},
+        }
+    }
+    monkeypatch.setattr(
+        backends,
+        "load",
+        lambda name: (None, f"no {name}") if name in missing else (Native, f"{name} is there"),
+    )
+    monkeypatch.setattr(backends, "measured", lambda: {"on": "some GPU", "us": times})
+    monkeypatch.setenv(backends.VARIABLE, "auto")
+    backends._choose.cache_clear()
+    yield missing
+    backends._choose.cache_clear()
+
+
+def test_auto_takes_the_faster_backend_for_the_kind_of_tensor(measured):
+    fast = backends.choose("fold_", "cuda", kind="bfloat16 large")
+    assert fast.backend == "triton"
+    assert fast.reason == ("1.25 times as fast as cuda (bfloat16 large, some GPU); triton is there")
+    assert backends.choose("fold_", "cuda", kind="float32 large").backend == "cuda"
+
+
+@pytest.mark.parametrize("kind", ["", "bfloat16 small", "float16 large"])
+def test_auto_prefers_cuda_where_not_both_were_measured(measured, kind):
+    choice = backends.choose("fold_", "cuda", kind=kind)
+    assert (choice.backend, choice.reason) == ("cuda", "cuda is there")
+
+
+def test_auto_takes_the_other_backend_where_the_faster_one_is_missing(measured):
+    measured.add("triton")
+    choice = backends.choose("fold_", "cuda", kind="bfloat16 large")
+    assert (choice.backend, choice.reason) == ("cuda", "cuda is there")
+    backends._choose.cache_clear()
+    measured.add("cuda")
+    choice = backends.choose("fold_", "cuda", kind="bfloat16 large")
+    assert (choice.backend, choice.reason) == ("reference", "no triton; no cuda")
+
+
+def test_kinds_name_the_dtype_and_the_size():
+    assert backends.kind_of(torch.bfloat16, True) == "bfloat16 large"
+    assert backends.kind_of(torch.float32, False) == "float32 small"
+
+
+def test_the_committed_measurements_can_be_read():
+    """Ops, kinds and backends that exist, and positive times."""
+    names = {str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16)}
+    for op, kinds in backends.measured()["us"].items():
+        assert op in ops.OPS
+        for kind, times in kinds.items():
+            dtype, size = kind.split()
+            assert dtype in names and size in ("large", "small")
+            assert set(times) == {"cuda", "triton"} and min(times.values()) > 0
 
 
 def test_reference_has_every_op():

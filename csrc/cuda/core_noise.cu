@@ -1,5 +1,5 @@
-#include "../philox.h"
 #include "batch.cuh"
+#include "noise.cuh"
 
 namespace subzero::cuda {
 namespace {
@@ -8,30 +8,56 @@ SUBZERO_HD int64_t quads_of_core(const Core& item) {
   return (item.rank * item.rank + 3) / 4;
 }
 
-// One block of the generator, four neighbouring elements of one group's core, per thread; a query
-// without a coefficient in that group is not drawn. With one group `out` may be `base`: a thread
-// reads what it writes, and nothing else.
-__global__ void core_noise_kernel(const __grid_constant__ Batch<Core> batch, int64_t groups,
-                                  Queries queries) {
-  const auto place = batch.find(blockIdx.x);
-  const Core& item = batch.items[place.item];
-  const int64_t quads = quads_of_core(item), size = item.rank * item.rank;
-  const int64_t index = place.block * blockDim.x + threadIdx.x;
-  if (index >= groups * quads) return;
-  const int64_t group = index / quads, block = index % quads;
-  const float* const coeff = queries.coeff + group * queries.count;
-  float sum[4] = {};
-  for (int64_t k = 0; k < queries.count; ++k) {
-    const float c = coeff[k];
-    if (c == 0.0f) continue;
-    const Normals normals =
-        block_normals(noise_source(queries.rng, item.stream, k), static_cast<uint64_t>(block));
-    for (int j = 0; j < 4; ++j) sum[j] = fma_(c, normals.z[j], sum[j]);
+SUBZERO_HD int64_t pieces_of_core(const Core& item) {
+  return (quads_of_core(item) + kThreads - 1) / kThreads;
+}
+
+// One block of the generator, four neighbouring elements, per thread, for two groups, which are
+// often the two signs of one query; a query without a coefficient in either is not drawn. With one
+// group `out` may be `base`: a thread reads what it writes, and nothing else.
+template <class Batch>
+__global__ void core_noise_kernel(const __grid_constant__ Batch batch, int64_t groups,
+                                  const __grid_constant__ Queries queries) {
+  const int index = batch.find(blockIdx.x);
+  const Core& item = batch.items[index];
+  const int64_t pieces = pieces_of_core(item), piece = blockIdx.x - batch.first[index];
+  const int64_t pair = piece / pieces, size = item.rank * item.rank;
+  const int64_t block = piece % pieces * kThreads + threadIdx.x;
+  const int lane = threadIdx.x % 32, both = 2 * pair + 1 < groups ? 2 : 1;
+  const RoundKeys keys(static_cast<uint64_t>(queries.rng[0]));
+  const uint32_t draw = static_cast<uint32_t>(queries.rng[1]);
+  const float* const coeff = queries.coeff + 2 * pair * queries.count;
+  float sum[2][4] = {};
+  for (int64_t first = 0; first < queries.count; first += 32) {
+    // A lane for each query; then all lanes together on those that have a coefficient.
+    const int64_t k = first + lane;
+    const float mine[2] = {k < queries.count ? coeff[k] : 0.0f,
+                           k < queries.count && both == 2 ? coeff[k + queries.count] : 0.0f};
+    uint32_t drawn = __ballot_sync(~0u, mine[0] != 0.0f || mine[1] != 0.0f);
+    while (drawn != 0) {
+      const int from = __ffs(static_cast<int>(drawn)) - 1;
+      drawn &= drawn - 1;
+      const Blocks blocks(keys, item.stream, draw + static_cast<uint32_t>(first + from),
+                          static_cast<uint32_t>(block >> 32));
+      const Normals normals = blocks.normals(keys, static_cast<uint32_t>(block));
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        const float c = __shfl_sync(~0u, mine[g], from);
+        if (c == 0.0f) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[g][j] = fma_(c, normals.z[j], sum[g][j]);
+      }
+    }
   }
-  float* const out = item.out + group * size;
-  for (int j = 0; j < 4; ++j) {
-    const int64_t element = 4 * block + j;
-    if (element < size) out[element] = fma_(item.mu, sum[j], item.base[element]);
+#pragma unroll
+  for (int g = 0; g < 2; ++g) {
+    if (g == both) break;
+    float* const out = item.out + (2 * pair + g) * size;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t element = 4 * block + j;
+      if (element < size) out[element] = fma_(item.mu, sum[g][j], item.base[element]);
+    }
   }
 }
 
@@ -41,13 +67,12 @@ Status core_noise_(const CoreNoise& args, const Launch& launch) {
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const auto blocks = [&](const Core& item) {
-    return (args.groups * quads_of_core(item) + kThreads - 1) / kThreads;
+  const auto pieces = [&](const Core& item) {
+    return pieces_of_core(item) * ((args.groups + 1) / 2);
   };
-  return status_of(
-      for_each_batch(args.items, args.count, blocks, [&](const Batch<Core>& batch, unsigned grid) {
-        core_noise_kernel<<<grid, kThreads, 0, stream>>>(batch, args.groups, args.queries);
-      }));
+  return for_each_batch(args.items, args.count, pieces, [&](const auto& batch) {
+    core_noise_kernel<<<batch.pieces, kThreads, 0, stream>>>(batch, args.groups, args.queries);
+  });
 }
 
 }  // namespace subzero::cuda

@@ -42,6 +42,13 @@ class Blocks {
     third_ ^= keys.odd[2];
   }
 
+  // The same blocks of another draw, which is one instruction.
+  __device__ __forceinline__ Blocks at_draw(const RoundKeys& keys, uint32_t draw) const {
+    Blocks other = *this;
+    other.first_ = draw ^ keys.odd[0];
+    return other;
+  }
+
   __device__ __forceinline__ Words words(const RoundKeys& keys, uint32_t low) const {
     uint32_t c0, c1, c2, c3, low0, high0, low1, high1;
     multiply(kEven, low, low0, high0);

@@ -1,0 +1,118 @@
+"""benchmarks/bench_perturb.py works from end to end, on tiny weights and the CPU."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from subzero_kernels import backends
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ON_CPU = ["--device", "cpu", "--no-compile", "--repeats", "1", "--ceiling-bytes", "4096"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module, with models that fit here."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bench_perturb
+    import gpu_bench
+
+    tiny = gpu_bench.Model([(96, 64), (1, 40), (33, 70)], [])
+    monkeypatch.setattr(bench_perturb, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(bench_perturb, "RANKS", {"tiny": 8})
+    monkeypatch.setattr(bench_perturb, "opt_13b_lora", lambda: [(4, 32), (32, 4)])
+    monkeypatch.setattr(bench_perturb, "SHAPES", [(64, 48), (31, 7)])
+    monkeypatch.setattr(bench_perturb, "SHAPE_RANKS", [4, 8])
+    monkeypatch.setenv(backends.VARIABLE, "auto")
+    grad = torch.is_grad_enabled()
+    yield bench_perturb
+    torch.set_grad_enabled(grad)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys):
+    path = tmp_path / "perturb.csv"
+    bench.main([*ON_CPU, "--backend", "reference", "--output", str(path)])
+    rows = table(path)
+    ours = [row for row in rows if row["contestant"] == "reference"]
+    assert {(row["op"], row["what"]) for row in ours} == {
+        ("perturb_many_", "tiny"),
+        ("fold_", "tiny"),
+        ("perturb_many_", bench.LORA),
+        ("perturb_", "64x48"),
+        ("perturb_", "31x7"),
+    }
+    assert {row["dtype"] for row in ours} == {"bf16", "fp16", "fp32"}
+    assert {row["contestant"] for row in rows} == {"reference", "eager", "addmm_", "add_"}
+    assert all(float(row["us"]) > 0 and float(row["x_eager"]) > 0 for row in rows)
+    assert all(float(row["error"]) <= 1 and float(row["host_us"]) > 0 for row in ours)
+    shown = capsys.readouterr().out
+    assert shown.count("reference") > len(ours) and "target 60 us" in shown
+
+
+@pytest.mark.parametrize("op", ["perturb_many_", "fold_"])
+@pytest.mark.parametrize("fault", ["wrong", "failing"])
+def test_a_backend_that_is_wrong_or_fails_is_named_and_not_timed(
+    bench, tmp_path, capsys, monkeypatch, op, fault
+):
+    reference = backends.load("reference")[0]
+    sound = getattr(reference, op)
+
+    def broken(*args, **kwargs) -> None:
+        if fault == "failing":
+            raise RuntimeError("no such kernel")
+        sound(*args, **kwargs)
+        weights = args[0] if isinstance(args[0], list) else [args[0]]
+        weights[0].view(-1)[-1] += 0.01  # one element of one matrix
+
+    monkeypatch.setattr(reference, op, broken)
+    backends._choose.cache_clear()
+    path = tmp_path / "perturb.csv"
+    bench.main([*ON_CPU, "--backend", "reference", "--model", "tiny", "--output", str(path)])
+    backends._choose.cache_clear()
+    assert {row["op"] for row in table(path) if row["contestant"] == "reference"} == {
+        "fold_" if op == "perturb_many_" else "perturb_many_"
+    }
+    shown = capsys.readouterr().out
+    assert shown.count("WRONG" if fault == "wrong" else "FAILED") == 3
+
+
+def test_the_plot_is_made_from_the_csv(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "perturb.csv"
+    row = dict(op="perturb_", what="5120x5120", gpu="a GPU", add_tb_s="4.1", rank="64")
+    rows = [
+        {**row, "dtype": dtype, "contestant": name, "of_add": "0.9", "rank": rank, **case}
+        for dtype in ("bf16", "fp32")
+        for name in ("cuda", "triton", "addmm_", "add_")
+        for rank in ("24", "64")
+        for case in ({}, {"op": "fold_", "what": "OPT-13B"})
+    ]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    bench.main(["--plot", "--output", str(path)])
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_profiling_says_when_ncu_is_missing(bench, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as left:
+        bench.main(["--profile", "--shape", "64x48"])
+    assert left.value.code == 1 and "ncu is missing" in capsys.readouterr().out

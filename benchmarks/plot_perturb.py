@@ -26,7 +26,7 @@ def plot(table: Path) -> Path:
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.2), dpi=160, sharey=True, width_ratios=[3, 2]
+        1, 2, figsize=(11, 4.8), dpi=160, sharey=True, width_ratios=[3, 2]
     )
     _bars(left, rows)
     _lines(right, [row for row in rows if row["what"] == SINGLE])
@@ -34,16 +34,28 @@ def plot(table: Path) -> Path:
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_ylim(0, 1.1)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize=7, loc="lower left", framealpha=0.9)
     ceiling = float(rows[0]["add_tb_s"])
     left.set_ylabel(f"share of an in-place add ({ceiling:.2f} TB/s)")
     figure.suptitle(f"W += eps mu U Z V$^T$, read plus written, on {rows[0]['gpu']}", fontsize=10)
-    figure.tight_layout()
+    key = dict(fontsize=8, loc="upper center", frameon=False, bbox_to_anchor=(0.5, 0.955))
+    figure.legend(handles=_key(), ncols=len(CONTESTANTS) + len(DTYPES), **key)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     path = table.with_suffix(".png")
     figure.savefig(path)
     plt.close(figure)
     print(f"written: {path}")
     return path
+
+
+def _key() -> list[Any]:
+    """Colours of contestants and dashes of dtypes, for both sides."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    names = [NAMES.get(name, name) for name in CONTESTANTS]
+    colours = [Patch(color=each, label=name) for each, name in zip(COLOURS, names, strict=True)]
+    dashes = [Line2D([], [], color="black", ls=dash, label=name) for name, dash in DTYPES.items()]
+    return colours + dashes
 
 
 def _bars(axes: Any, rows: Sequence[Row]) -> None:
@@ -63,10 +75,9 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
                 [share[(*group, name)] for _, group in places],
                 width,
                 color=COLOURS[i],
-                label=NAMES.get(name, name),
             )
-    titles = [f"{'fold ' if op == 'fold_' else ''}{what}\n{dtype}" for op, what, dtype in groups]
-    axes.set_xticks(range(len(groups)), titles, fontsize=6, rotation=60, ha="right")
+    titles = [f"{what} {dtype}{' fold_' * (op == 'fold_')}" for op, what, dtype in groups]
+    axes.set_xticks(range(len(groups)), titles, fontsize=7, rotation=90)
 
 
 def _lines(axes: Any, rows: Sequence[Row]) -> None:
@@ -76,9 +87,8 @@ def _lines(axes: Any, rows: Sequence[Row]) -> None:
             found = [row for row in rows if (row["contestant"], row["dtype"]) == (name, dtype)]
             points = sorted((int(row["rank"]), float(row["of_add"])) for row in found)
             if points:
-                label = f"{NAMES.get(name, name)}, {dtype}"
                 ranks, shares = zip(*points, strict=True)
-                axes.plot(ranks, shares, dash, color=colour, marker="o", markersize=3, label=label)
+                axes.plot(ranks, shares, dash, color=colour, marker="o", markersize=3)
     ranks = sorted({int(row["rank"]) for row in rows})
     if ranks:
         axes.set_xscale("log", base=2)

@@ -327,6 +327,15 @@ void bind_cuda(py::module_ m) {
       },
       NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"));
   m.def(
+      "noise_outer_",
+      [](const NoiseOuter& args, uintptr_t scratch, const Launch& launch) {
+        check(cuda::noise_outer_(args, pointer<void>(scratch), launch), "noise_outer_",
+              shapes(args));
+      },
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("scratch"), py::arg("launch"));
+  m.def("noise_outer_scratch_bytes", &cuda::noise_outer_scratch_bytes, py::kw_only(),
+        py::arg("args"));
+  m.def(
       "noise_outer_sum",
       [](uintptr_t sum, const Queries& queries, int64_t weight_stride, uintptr_t row, int64_t rows,
          int64_t columns, uint32_t stream, const Launch& launch) {

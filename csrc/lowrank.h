@@ -139,8 +139,8 @@ struct NoiseOuter {
   double beta;
 };
 
-// What the CUDA noise_outer_ does natively: sum (rows, columns) = sum_k weight[k, i] z_(draw + k)
-// of consecutive rows. torch's GEMM does the rest.
+// What is left to do natively where `a` is too wide for the CUDA noise_outer_: of consecutive rows
+// sum (rows, columns) = sum_k weight[k, i] z_(draw + k).
 struct NoiseOuterSum {
   float* sum;             // contiguous
   Queries queries;        // coeff: weight[0, first of the rows]
@@ -198,6 +198,9 @@ Status fold_(const Fold& args, const Launch& launch);
 Status perturb_dense_(const PerturbDense& args, const Launch& launch);
 Status core_noise_(const CoreNoise& args, const Launch& launch);
 Status add_noise_(const AddNoise& args, const Launch& launch);
+// Up to 128 columns of `a`; the device memory that it needs for its own.
+Status noise_outer_(const NoiseOuter& args, void* scratch, const Launch& launch);
+int64_t noise_outer_scratch_bytes(const NoiseOuter& args);
 Status noise_outer_sum(const NoiseOuterSum& args, const Launch& launch);
 
 }  // namespace cuda

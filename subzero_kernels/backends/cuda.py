@@ -26,7 +26,9 @@ OPS = frozenset(
     }
 )
 
-# The noise of noise_outer_ is made this many elements at a time: 16 MiB.
+# The widest `a` that noise_outer_'s kernel takes. For others the noise is made this many elements
+# at a time, 16 MiB, but no more than `out` has.
+_FUSED_WIDTH = 128
 _NOISE_ELEMENTS = 1 << 22
 
 
@@ -197,7 +199,6 @@ def add_noise_(
     )
 
 
-@_exact_products
 def noise_outer_(
     out: Tensor,
     weight: Tensor,
@@ -208,11 +209,35 @@ def noise_outer_(
     stream: int,
     beta: float = 0.0,
 ) -> None:
+    if a.shape[1] > _FUSED_WIDTH:
+        _wide_noise_outer_(out, weight, a, rows, rng, stream=stream, beta=beta)
+        return
+    native = args.require().cuda
+    call = args.noise_outer(out, weight, a, rows, rng, stream, beta)
+    size = native.noise_outer_scratch_bytes(args=call)
+    scratch = torch.empty(size, dtype=torch.uint8, device=out.device) if size else None
+    native.noise_outer_(
+        args=call, scratch=0 if scratch is None else scratch.data_ptr(), launch=_launch(out)
+    )
+
+
+@_exact_products
+def _wide_noise_outer_(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    rows: Tensor,
+    rng: Tensor,
+    *,
+    stream: int,
+    beta: float,
+) -> None:
+    """noise_outer_ with torch's GEMM, which makes the noise of each row once for all of ``a``."""
     native = args.require()
     (queries, count), columns = weight.shape, out.shape[0]
     if not count:
         out.mul_(beta) if beta else out.zero_()
-    step = max(1, _NOISE_ELEMENTS // columns)
+    step = max(1, min(_NOISE_ELEMENTS, out.numel()) // columns)
     for start in range(0, count, step):
         part = slice(start, start + step)
         noise = out.new_empty(len(rows[part]), columns)

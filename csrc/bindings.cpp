@@ -32,6 +32,11 @@ std::string shapes(const NoiseOuter& args) {
   return "out " + shape(args.out) + ", a " + shape(args.a);
 }
 
+std::string shapes(const LowRankEmbedding& args) {
+  return "ids (" + std::to_string(args.groups) + ", " + std::to_string(args.tokens) + "), w " +
+         shape(args.w) + ", u " + shape(args.u) + ", v " + shape(args.v);
+}
+
 std::string shapes(const LowRank& item) {
   return "w " + shape(item.w) + ", u " + shape(item.u) + ", v " + shape(item.v);
 }
@@ -120,6 +125,16 @@ void bind_structs(py::module_& m) {
            }),
            py::kw_only(), py::arg("out"), py::arg("a"), py::arg("queries"), py::arg("row"),
            py::arg("stream"), py::arg("beta"));
+  py::class_<LowRankEmbedding>(m, "LowRankEmbedding")
+      .def(
+          py::init([](uintptr_t ids, bool ids_wide, int64_t groups, int64_t tokens, const Matrix& w,
+                      const Matrix& u, const Matrix& v, uintptr_t core, uintptr_t out) {
+            return LowRankEmbedding{
+                pointer<void>(ids),   ids_wide,          groups, tokens, w, u, v,
+                pointer<float>(core), pointer<void>(out)};
+          }),
+          py::kw_only(), py::arg("ids"), py::arg("ids_wide"), py::arg("groups"), py::arg("tokens"),
+          py::arg("w"), py::arg("u"), py::arg("v"), py::arg("core"), py::arg("out"));
 }
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -335,6 +350,12 @@ void bind_cuda(py::module_ m) {
       NoGil(), py::kw_only(), py::arg("args"), py::arg("scratch"), py::arg("launch"));
   m.def("noise_outer_scratch_bytes", &cuda::noise_outer_scratch_bytes, py::kw_only(),
         py::arg("args"));
+  m.def(
+      "lowrank_embedding",
+      [](const LowRankEmbedding& args, const Launch& launch) {
+        check(cuda::lowrank_embedding(args, launch), "lowrank_embedding", shapes(args));
+      },
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"));
   m.def(
       "noise_outer_sum",
       [](uintptr_t sum, const Queries& queries, int64_t weight_stride, uintptr_t row, int64_t rows,

@@ -139,6 +139,18 @@ struct NoiseOuter {
   double beta;
 };
 
+struct LowRankEmbedding {
+  const void* ids;  // (groups, tokens)
+  bool ids_wide;    // int64, else int32
+  int64_t groups;
+  int64_t tokens;     // of a group
+  Matrix w;           // (entries, n)
+  Matrix u;           // (entries, r)
+  Matrix v;           // (n, r)
+  const float* core;  // (groups, r, r)
+  void* out;          // (groups, tokens, n), of w's dtype
+};
+
 // What is left to do natively where `a` is too wide for the CUDA noise_outer_: of consecutive rows
 // sum (rows, columns) = sum_k weight[k, i] z_(draw + k).
 struct NoiseOuterSum {
@@ -202,6 +214,8 @@ Status add_noise_(const AddNoise& args, const Launch& launch);
 Status noise_outer_(const NoiseOuter& args, void* scratch, const Launch& launch);
 int64_t noise_outer_scratch_bytes(const NoiseOuter& args);
 Status noise_outer_sum(const NoiseOuterSum& args, const Launch& launch);
+// Ranks up to 128.
+Status lowrank_embedding(const LowRankEmbedding& args, const Launch& launch);
 
 }  // namespace cuda
 

@@ -140,5 +140,22 @@ def noise_outer(
     )
 
 
+def lowrank_embedding(
+    ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor, out: Tensor
+) -> Any:
+    groups = core.shape[0]
+    return require().LowRankEmbedding(
+        ids=ids.data_ptr(),
+        ids_wide=ids.dtype == torch.int64,
+        groups=groups,
+        tokens=ids.numel() // groups,
+        w=rows(w),
+        u=rows(u),
+        v=rows(v),
+        core=core.data_ptr(),
+        out=out.data_ptr(),
+    )
+
+
 def rounding(name: str) -> Any:
     return getattr(require().Rounding, name)

@@ -1,11 +1,14 @@
 // The weighted noise of some rows, for a noise_outer_ too wide for its kernel: torch's GEMM does
 // the rest.
+#include "noise.cuh"
 #include "row_noise.cuh"
 
 namespace subzero::cuda {
 namespace {
 
 __global__ void noise_outer_sum_kernel(NoiseOuterSum args) {
+  const RoundKeys keys(static_cast<uint64_t>(args.queries.rng[0]));
+  const uint32_t draw = static_cast<uint32_t>(args.queries.rng[1]);
   const int64_t quads = quads_of_row(args.columns);
   for (int64_t i = first_row(); i < args.rows; i += row_step()) {
     const int64_t first = args.row[i] * args.columns;
@@ -18,8 +21,9 @@ __global__ void noise_outer_sum_kernel(NoiseOuterSum args) {
       for (int64_t k = 0; k < args.queries.count; ++k) {
         const float weight = weights[k * args.weight_stride];
         if (weight == 0.0f) continue;
-        const NoiseSource source = noise_source(args.queries.rng, args.stream, k);
-        const Normals normals = block_normals(source, quad.block);
+        const Blocks blocks(keys, args.stream, draw + static_cast<uint32_t>(k),
+                            static_cast<uint32_t>(quad.block >> 32));
+        const Normals normals = blocks.normals(keys, static_cast<uint32_t>(quad.block));
         for (int j = 0; j < 4; ++j) sum[j] = fma_(weight, normals.z[j], sum[j]);
       }
       for (int j = 0; j < 4; ++j) {

@@ -1,18 +1,28 @@
-#include "../philox.h"
 #include "launch.cuh"
+#include "noise.cuh"
 
 namespace subzero::cuda {
 namespace {
 
+// Four words in 64 bits each, as a thread reads or writes them. Tensors of 64-bit numbers may begin
+// at any 8 bytes.
+template <bool kAligned>
+struct alignas(kAligned ? 16 : 8) Words64 {
+  uint64_t w[4];
+};
+
+template <bool kAligned>
 __global__ void philox4x32_kernel(Philox4x32 args) {
-  const uint32_t key0 = static_cast<uint32_t>(args.key[0]);
-  const uint32_t key1 = static_cast<uint32_t>(args.key[1]);
+  const RoundKeys keys(static_cast<uint32_t>(args.key[0]) | static_cast<uint64_t>(args.key[1])
+                                                                << 32);
+  const auto* const counter = reinterpret_cast<const Words64<kAligned>*>(args.counter);
+  auto* const words = reinterpret_cast<Words64<kAligned>*>(args.words);
   for (int64_t i = first_item(); i < args.count; i += item_step()) {
-    const int64_t* const c = args.counter + 4 * i;
-    const Words words = philox4x32_10({{static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]),
-                                        static_cast<uint32_t>(c[2]), static_cast<uint32_t>(c[3])}},
-                                      key0, key1);
-    for (int j = 0; j < 4; ++j) args.words[4 * i + j] = words.w[j];
+    const Words64<kAligned> c = counter[i];
+    const Blocks blocks(keys, static_cast<uint32_t>(c.w[2]), static_cast<uint32_t>(c.w[3]),
+                        static_cast<uint32_t>(c.w[1]));
+    const Words word = blocks.words(keys, static_cast<uint32_t>(c.w[0]));
+    words[i] = {{word.w[0], word.w[1], word.w[2], word.w[3]}};
   }
 }
 
@@ -23,7 +33,10 @@ Status philox4x32(const Philox4x32& args, const Launch& launch) {
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  philox4x32_kernel<<<grid_for(args.count), kThreads, 0, stream>>>(args);
+  const auto both =
+      reinterpret_cast<uintptr_t>(args.counter) | reinterpret_cast<uintptr_t>(args.words);
+  const auto kernel = both % 16 == 0 ? philox4x32_kernel<true> : philox4x32_kernel<false>;
+  kernel<<<grid_for(args.count), kThreads, 0, stream>>>(args);
   return status_of(cudaGetLastError());
 }
 

@@ -90,7 +90,7 @@ def test_core_noise_updates_its_base_in_place():
     assert all(same_bits(g, b) for g, b in zip(got, base, strict=True))
 
 
-# ---- add_noise_ and noise_outer_
+# ---- add_noise_
 
 
 def chosen_rows(count: int) -> torch.Tensor:
@@ -125,65 +125,118 @@ def test_add_noise_writes_a_view_and_nothing_else(dtype):
     assert same_bits(got, buffer)
 
 
-@pytest.mark.parametrize(
-    ("columns", "width", "count", "queries"),
-    [(1, 1, 1, 1), (7, 3, 10, 2), (129, 1, 300, 32), (576, 64, 512, 4), (1151, 1151, 65, 1)],
-)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_outer_within_rounding(dtype, columns, width, count, queries):
-    """The product is torch's, so its order of summation is not ours."""
-    weight = torch.randn(queries, count) * (torch.rand(queries, count) < 0.7)
-    weight[0, 0] = 1.0
-    a, rows, (host, device) = torch.randn(count, width).to(dtype), chosen_rows(count), rngs()
-    for beta in (0.0, 1.0, 0.9):
-        out = torch.randn(columns, width)
-        got = torch.full_like(out, math.nan).cuda() if beta == 0 else out.cuda()
-        arguments = weight.cuda(), a.cuda(), rows.cuda(), device
-        cuda.noise_outer_(got, *arguments, stream=5 << 28, beta=beta)
-        cpu.noise_outer_(out, weight, a, rows, host, stream=5 << 28, beta=beta)
-        assert (got.cpu() - out).norm() < 2e-6 * out.norm()
+@pytest.mark.parametrize("columns", [64, 576, 1151, 5120])
+@pytest.mark.parametrize("noisy", ["every 32nd", "first 50", "last", "none"])
+def test_add_noise_to_some_rows(noisy, columns, dtype):
+    """Rows without a scale keep their bits, NaN and all, wherever the others lie."""
+    count = 1600
+    y = torch.full((2, count, columns), math.nan, dtype=dtype)
+    chosen = {
+        "every 32nd": slice(0, None, 32),
+        "first 50": slice(0, 50),
+        "last": slice(-1, None),
+        "none": slice(0, 0),
+    }[noisy]
+    scale = torch.zeros(2, count)
+    scale[:, chosen] = torch.randn(2, len(range(count)[chosen]))
+    y[:, chosen] = torch.randn(2, len(range(count)[chosen]), columns).to(dtype)
+    query, rows, (host, device) = torch.tensor([3, 0]), chosen_rows(count), rngs()
+    got = y.cuda()
+    cuda.add_noise_(got, scale.cuda(), query.cuda(), rows.cuda(), device, stream=5 << 28 | 3)
+    cpu.add_noise_(y, scale, query, rows, host, stream=5 << 28 | 3)
+    assert same_bits(got, y)
 
 
-def test_noise_outer_s_noise_bit_for_bit():
-    """A unit matrix as A shows the weighted noise itself."""
-    weight = torch.randn(3, 40) * (torch.rand(3, 40) < 0.7)
-    rows, (host, device) = chosen_rows(40), rngs()
-    out = torch.empty(1151, 40)
-    got = out.cuda()
-    unit = torch.eye(40)
-    cuda.noise_outer_(got, weight.cuda(), unit.cuda(), rows.cuda(), device, stream=3)
-    cpu.noise_outer_(out, weight, unit, rows, host, stream=3)
-    assert torch.equal(got.cpu(), out)
+# The first of these rows ends with the last block whose number has 32 bits, the second begins
+# there, ...
+LONG_ROWS = torch.tensor([3355442, 3355443, 3355444, 2**40])
 
 
-def test_noise_outer_over_more_noise_than_is_made_at_a_time(monkeypatch):
-    """Blocks of 13 rows, the last one shorter, give what one block gives, and do so again."""
-    weight, a, rows = torch.randn(2, 100).cuda(), torch.randn(100, 20).cuda(), chosen_rows(100)
-    _, device = rngs()
-    out = [torch.randn(33, 20).cuda()] * 3
-    out = [o.clone() for o in out]
-    cuda.noise_outer_(out[0], weight, a, rows.cuda(), device, stream=3, beta=0.5)
-    monkeypatch.setattr(cuda, "_NOISE_ELEMENTS", 13 * 33)
-    for o in out[1:]:
-        cuda.noise_outer_(o, weight, a, rows.cuda(), device, stream=3, beta=0.5)
-    assert torch.equal(out[1], out[2])
-    assert (out[0] - out[1]).norm() < 2e-6 * out[0].norm()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_noise_across_the_upper_half_of_block_numbers(dtype):
+    y, scale = torch.randn(1, 4, 5120).to(dtype), torch.ones(1, 4)
+    got, query, (host, device) = y.cuda(), torch.zeros(1, dtype=torch.int64), rngs()
+    cuda.add_noise_(got, scale.cuda(), query.cuda(), LONG_ROWS.cuda(), device, stream=3)
+    cpu.add_noise_(y, scale, query, LONG_ROWS, host, stream=3)
+    assert same_bits(got, y)
 
 
-def test_noise_outer_is_exact_whatever_precision_the_user_chose():
-    weight, a = torch.randn(1, 256).cuda(), torch.randn(256, 256).cuda()
-    rows, (_, device) = torch.arange(256).cuda(), rngs()
-    results = []
-    before = torch.get_float32_matmul_precision()
-    try:
-        for precision in ("highest", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            out = torch.empty(256, 256, device="cuda")
-            cuda.noise_outer_(out, weight, a, rows, device, stream=3)
-            results.append(out)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(*results)
+# ---- many elements
+
+
+def cpu_normals_from(row: int, columns: int, rng: torch.Tensor, stream: int) -> torch.Tensor:
+    """The normals of elements row * columns and after."""
+    z, one = torch.zeros(1, 1, columns), torch.ones(1, 1)
+    cpu.add_noise_(z, one, torch.tensor([0]), torch.tensor([row]), rng, stream=stream)
+    return z.view(-1)
+
+
+def test_normals_of_nearly_every_word():
+    """2**26 first words of a pair: 98 % of the 2**24 that make different radii."""
+    count = 1 << 27
+    got, host = torch.empty(count, device="cuda"), torch.empty(count)
+    cuda.normal_(got, make_rng(3, 0, "cuda"), 1)
+    cpu.normal_(host, make_rng(3), 1)
+    assert same_bits(got, host)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb_dense_of_a_long_tensor_beside_short_ones(dtype, rounding):
+    """Long enough that thread blocks take several tiles one after another."""
+    sizes = [5, (1 << 25) + 4096 + 3, 8192]
+    ws = [torch.randn(n).to(dtype) for n in sizes]
+    got, (host, device) = on_gpu(ws), rngs()
+    coeff = torch.tensor([0.0, 2e-2])
+    cuda.perturb_dense_(got, coeff.cuda(), device, streams=[1, 2, 3], rounding=rounding)
+    cpu.perturb_dense_(ws, coeff, host, streams=[1, 2, 3], rounding=rounding)
+    assert all(same_bits(g, w) for g, w in zip(got, ws, strict=True))
+
+
+def test_more_elements_than_an_int32_counts():
+    columns, rows = 5120, (1 << 31) // 5120 + 7
+    if torch.cuda.mem_get_info()[0] < 5 * columns * rows:
+        pytest.skip("needs 11 GB of free GPU memory")
+    w = torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
+    host, device = rngs()
+    cuda.perturb_dense_([w], torch.ones(1, device="cuda"), device, streams=[7])
+    for row in (0, 123_456, rows - 1):
+        expected = cpu_normals_from(row, columns, host, 7).bfloat16()
+        assert same_bits(w[row], expected)
+    scale = torch.zeros(1, rows, device="cuda")
+    scale[0, -1] = 1.0
+    query = torch.zeros(1, dtype=torch.int64, device="cuda")
+    before = w[-2:].clone()
+    cuda.add_noise_(w[None], scale, query, torch.arange(rows, device="cuda"), device, stream=9)
+    assert torch.equal(w[-2], before[0])
+    z = cpu_normals_from(rows - 1, columns, host, 9)
+    assert same_bits(w[-1], (before[1].cpu().float() + z).bfloat16())
+
+
+# ---- memory and errors
+
+
+def test_nothing_is_allocated():
+    w, core = torch.zeros(1000, 1001, device="cuda"), torch.zeros(64, 64, device="cuda")
+    y, rng = torch.zeros(1, 100, 576, device="cuda"), make_rng(1, 0, "cuda")
+    rows, scale = torch.arange(100, device="cuda"), torch.ones(1, 100, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cuda.normal_(w, rng, 1)
+    for view in (w, w[:, 1:]):
+        cuda.perturb_dense_([view], scale[0, :2], rng, streams=[1], rounding="stochastic")
+    cuda.core_noise_([core[None]], [core], scale[:, :2], rng, streams=[1], mu=[1.0])
+    cuda.add_noise_(y, scale, rows[:1], rows, rng, stream=1)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before
+
+
+def test_an_error_of_the_driver_names_the_op_and_the_shapes():
+    nowhere = native.cuda.Launch(device=99, stream=0)
+    out = native.Matrix(data=0, rows=3, columns=5, stride=5, dtype=native.Dtype.float32)
+    with pytest.raises(RuntimeError, match=r"normal_: .*invalid device.*\(3, 5\)"):
+        native.cuda.normal_(out=out, rng=0, stream=0, launch=nowhere)
 
 
 # ---- streams and graphs
@@ -210,7 +263,7 @@ def test_a_captured_graph_draws_anew_and_reads_its_coefficients_anew():
     inputs = rng, coeff, rows, query, scale
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        step(*state("cuda"), *[i.clone() for i in inputs], cuda)  # cuBLAS's workspace
+        step(*state("cuda"), *[i.clone() for i in inputs], cuda)  # loads the kernels
     torch.cuda.synchronize()
     got, expected = state("cuda"), state("cpu")
     graph = torch.cuda.CUDAGraph()

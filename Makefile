@@ -11,7 +11,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test test-gpu lint format bench clean
+.PHONY: help finetune test test-gpu lint format bench wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,8 @@ finetune: $(VENV)/.train  ## fine-tune SmolLM2-135M on movie-review sentences, f
 	$(BIN)/python -m subzero.demo
 
 # one thread a worker: workers fill the cores, and more threads than cores make each test slower
+# and the build is refused where a hot CUDA kernel spills registers
+test: export CMAKE_CUDA_COMPILER_LAUNCHER = $(abspath $(BIN))/python;$(CURDIR)/csrc/cuda/no_spills.py
 test: $(VENV)/.dev lint  ## everything CI runs: lint, types, the whole CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
@@ -39,6 +41,12 @@ format: $(VENV)/.dev  ## rewrite all sources in the house format
 
 bench: $(VENV)/.train  ## perturb_many_ over SmolLM2-135M against addmm_ and the eager line
 	$(BIN)/python benchmarks/bench_perturb_cpu.py
+
+wheel: $(VENV)/.train-packages  ## the wheel in dist/: for six GPUs where there is nvcc, below 25 MB
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls -l dist
+	@test -z "$$(find dist -name '*.whl' -size +25000k)" || { echo "larger than 25 MB" >&2; exit 1; }
 
 clean:  ## remove the environment and all build products
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info subzero_kernels/_native*.so

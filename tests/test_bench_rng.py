@@ -1,0 +1,59 @@
+"""benchmarks/bench_rng.py works from end to end, on tiny tensors and the CPU."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from subzero_kernels import backends
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ON_CPU = ["--device", "cpu", "--tiny", "--no-compile", "--repeats", "1", "--backend", "reference"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bench_rng
+
+    monkeypatch.setenv(backends.VARIABLE, "auto")
+    grad = torch.is_grad_enabled()
+    yield bench_rng
+    torch.set_grad_enabled(grad)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys):
+    path = tmp_path / "rng.csv"
+    bench.main([*ON_CPU, "--output", str(path)])
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = [row for row in rows if row["contestant"] == "reference"]
+    assert {row["op"] for row in ours} == set(bench.WORK)
+    assert all(0 <= float(row["error"]) <= 1 and float(row["us"]) > 0 for row in ours)
+    assert {row["contestant"] for row in rows} == {"reference", "eager", "add_", "normal_"}
+    assert "WRONG" not in capsys.readouterr().out
+
+
+def test_a_wrong_backend_is_not_timed(bench, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "rng.csv"
+    monkeypatch.setattr(bench.WORK["add_noise_"], "ours", lambda work: work.y.add_(1.0))
+    bench.main([*ON_CPU, "--op", "add_noise_", "--output", str(path)])
+    assert capsys.readouterr().out.count("WRONG") == 9
+    assert not path.exists()
+
+
+def test_profiling_without_ncu_says_so(bench, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--profile", "normal_", "--output", "unused.csv"])
+    assert stopped.value.code == 1 and "ncu is missing" in capsys.readouterr().out

@@ -14,9 +14,9 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from . import _high_rank as high_rank
+from ._gemms import lowrank_linear as lowrank_linear
 from .reference import _exact_products
 from .triton_kernels import shapes
 from .triton_kernels.dense import Dense, run_of, vector
@@ -190,7 +190,7 @@ def noise_outer_(
     if width > _NATIVE_WIDTH:
         _wide_outer(out, weight, a, rows, rng, stream, beta)
         return
-    shape = shapes.OUTER
+    shape = shapes.outer(width)
     tiles = _ceil(columns, shape.columns)
     parts = min(
         _ceil(_OUTER_PROGRAMS, tiles),
@@ -346,27 +346,6 @@ def fold_(
 
 
 # ---- side path
-
-
-@_exact_products
-def lowrank_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, core: Tensor
-) -> Tensor:
-    """torch's GEMMs: W as it lies there, the tail and the bias added in fp32."""
-    shape = (*x.shape[:-1], w.shape[0])
-    rows = x.reshape(-1, x.shape[-1])
-    if not rows.numel():
-        return x.new_empty(shape)
-    groups, rank = core.shape[:2]
-    inner = (rows.float() @ v.float()).view(groups, -1, rank)
-    inner = torch.bmm(inner, core.mT).view(-1, rank)
-    y = linear(rows, w).float()
-    y.addmm_(inner, u.float().T)
-    if bias is not None:
-        y.view(bias.numel() // bias.shape[-1], -1, bias.shape[-1]).add_(
-            bias.reshape(-1, 1, bias.shape[-1])
-        )
-    return y.to(w.dtype).view(shape)
 
 
 def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor) -> Tensor:

@@ -45,12 +45,10 @@ def _part(
 
 
 @triton.jit
-def _load_parts(
+def _load_pair(
     w, row, row_inside, first_column, start, last, n, w_columns, w_stride,
     CW: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, W_ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """W's tile in parts, as tile_parts gives them."""
     at, inside = _part(
         w, row, row_inside, first_column, start, last, n, w_columns, w_stride,
         CW, VEC, ROWS, W_ALIGNED,
@@ -60,14 +58,26 @@ def _load_parts(
         w, row, row_inside, first_column, start + CW, last, n, w_columns, w_stride,
         CW, VEC, ROWS, W_ALIGNED,
     )  # fmt: skip
-    w1 = tl.load(at, mask=inside)
+    return w0, tl.load(at, mask=inside)
+
+
+@triton.jit
+def _load_parts(
+    w, row, row_inside, first_column, start, last, n, w_columns, w_stride,
+    CW: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, W_ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """W's tile in parts, as tile_parts gives them."""
+    w0, w1 = _load_pair(
+        w, row, row_inside, first_column, start, last, n, w_columns, w_stride,
+        CW, VEC, ROWS, W_ALIGNED,
+    )  # fmt: skip
+    w2, w3 = w0, w1
     if PARTS == 4:
-        w2, w3, _, _ = _load_parts(
+        w2, w3 = _load_pair(
             w, row, row_inside, first_column, start + 2 * CW, last, n, w_columns, w_stride,
-            CW, VEC, ROWS, W_ALIGNED, 2,
+            CW, VEC, ROWS, W_ALIGNED,
         )  # fmt: skip
-    else:
-        w2, w3 = w0, w1
     return w0, w1, w2, w3
 
 
@@ -111,14 +121,13 @@ def _store_part(
 def _update_item(
     w, u, v, core, coeff, queries, rng, m, n, u_stride, v_stride, w_columns, w_stride, rank, stream,
     mu, strip, first_tile, tiles, decay, decay_low,
-    DTYPE: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     PARTS: tl.constexpr, WARPS: tl.constexpr, DRAW: tl.constexpr, EXACT: tl.constexpr,
     LOW: tl.constexpr, SCALED: tl.constexpr, WIDE_V: tl.constexpr, W_ALIGNED: tl.constexpr,
     UV_ALIGNED: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
     """Strip ``strip``, ``tiles`` tiles from ``first_tile`` on; sizes and these three are int64."""
-    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     CW: tl.constexpr = 4 * VEC
     BN: tl.constexpr = PARTS * CW
     first_column = first_tile * BN
@@ -184,14 +193,14 @@ _NUMBERS = [
 def update_one_kernel(
     w, u, v, core, coeff, queries, rng, m, n, u_stride, v_stride, w_columns, w_stride, rank, stream,
     mu, tiles, across, decay, decay_low,
-    DTYPE: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     PARTS: tl.constexpr, WARPS: tl.constexpr, DRAW: tl.constexpr, EXACT: tl.constexpr,
     LOW: tl.constexpr, SCALED: tl.constexpr, WIDE_V: tl.constexpr, W_ALIGNED: tl.constexpr,
     UV_ALIGNED: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
     """One matrix, a program for each item: ``across`` items of ``tiles`` tiles make a strip."""
-    BN: tl.constexpr = PARTS * 4 * (128 // DTYPE.primitive_bitwidth)
+    BN: tl.constexpr = PARTS * 4 * VEC
     item = tl.program_id(0).to(tl.int64)
     first_tile = item % across * tiles
     n = n.to(tl.int64)
@@ -199,7 +208,7 @@ def update_one_kernel(
         w, u, v, core, coeff, queries, rng, m, n, u_stride.to(tl.int64), v_stride.to(tl.int64),
         w_columns.to(tl.int64), w_stride.to(tl.int64), rank, stream, mu,
         item // across, first_tile, tl.minimum(tiles, tl.cdiv(n, BN) - first_tile),
-        decay, decay_low, DTYPE, R, BM, PARTS, WARPS, DRAW, EXACT, LOW, SCALED, WIDE_V,
+        decay, decay_low, DTYPE, VEC, R, BM, PARTS, WARPS, DRAW, EXACT, LOW, SCALED, WIDE_V,
         W_ALIGNED, UV_ALIGNED, ROWS, DECAY, STOCHASTIC, QUADS,
     )  # fmt: skip
 
@@ -208,13 +217,13 @@ def update_one_kernel(
 def update_many_kernel(
     table, firsts, matrices, items, scratch, coeff, queries, rng,
     FIELDS: tl.constexpr, U_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
-    DTYPE: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     PARTS: tl.constexpr, WARPS: tl.constexpr, DRAW: tl.constexpr, EXACT: tl.constexpr,
     LOW: tl.constexpr, SCALED: tl.constexpr, WIDE_V: tl.constexpr, W_ALIGNED: tl.constexpr,
     UV_ALIGNED: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """All matrices of a table (backends/triton.py fills it), in ``items`` items, by any grid."""
-    BN: tl.constexpr = PARTS * 4 * (128 // DTYPE.primitive_bitwidth)
+    BN: tl.constexpr = PARTS * 4 * VEC
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         index = find(firsts, matrices, item)
         entry = table + FIELDS * index
@@ -232,6 +241,6 @@ def update_many_kernel(
             tl.load(entry).to(tl.int32), tl.load(entry + 1),
             tl.load(entry + 2).to(tl.int32).to(tl.float32, bitcast=True),
             local // across, first_tile, tl.minimum(tiles, tl.cdiv(n, BN) - first_tile),
-            1.0, 0.0, DTYPE, R, BM, PARTS, WARPS, DRAW, EXACT, LOW, SCALED, WIDE_V,
+            1.0, 0.0, DTYPE, VEC, R, BM, PARTS, WARPS, DRAW, EXACT, LOW, SCALED, WIDE_V,
             W_ALIGNED, UV_ALIGNED, ROWS, False, STOCHASTIC, QUADS,
         )  # fmt: skip

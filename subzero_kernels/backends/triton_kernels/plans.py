@@ -68,8 +68,9 @@ class Kind(NamedTuple):
     def shape(self, stochastic: bool) -> shapes.Update:
         aligned = self.w_aligned and self.uv_aligned
         return shapes.update(
-            self.dtype, self.rank, aligned=aligned, exact=self.exact, stochastic=stochastic
-        )
+            self.dtype, self.v_dtype, self.rank,
+            aligned=aligned, exact=self.exact, stochastic=stochastic,
+        )  # fmt: skip
 
     @property
     def draws(self) -> bool:
@@ -83,6 +84,7 @@ class Kind(NamedTuple):
         options = {} if shape.registers is None else dict(maxnreg=shape.registers)
         return dict(
             DTYPE=TYPES[self.dtype],
+            VEC=16 // self.dtype.itemsize,
             R=self.rank,
             BM=shape.rows,
             PARTS=shape.parts,

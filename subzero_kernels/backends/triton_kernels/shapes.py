@@ -1,4 +1,4 @@
-"""Block shapes of the kernels: what benchmarks/tune_triton.py compares."""
+"""Block shapes of the kernels: chosen so that no hot one spills registers; not yet tuned."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ class Update(NamedTuple):
 
 
 def update(
-    dtype: torch.dtype, rank: int, *, aligned: bool, exact: bool, stochastic: bool
-) -> Update:
-    """The shape for W's dtype and the padded rank, 16 to 256.
+    dtype: torch.dtype, v_dtype: torch.dtype, rank: int, *, aligned: bool, exact: bool,
+    stochastic: bool,
+) -> Update:  # fmt: skip
+    """The shape for the dtypes of W and V and the padded rank, 16 to 256.
 
     Strips have 64 rows whatever the layout and the rounding: the instruction of the tensor cores,
     and so the order of summation, must be the same for a matrix however it lies in memory.
     """
     if exact:
-        return Update(32, 2, 8, 1)
+        return Update(32, 2, 4 if rank == 16 else 8, 1)
     if not aligned:
         return Update(64, 2, 8, 1)
+    plain = v_dtype == torch.bfloat16
+    if rank > 64:
+        return Update(64, 2, 4 if plain or rank <= 128 else 8, 2)
     if dtype == torch.float32:
-        return Update(64, 2, 4, 2, 168) if rank <= 64 else Update(64, 2, 8, 2)
-    if rank <= 64:
-        return Update(64, 2, 4, 3, 168 if stochastic else 128)
-    return Update(64, 2, 4, 2)
+        return Update(64, 2, 4, 2, 168)
+    if stochastic:
+        return Update(64, 2, 4, 3, 168 if plain else None)
+    return Update(64, 2, 4, 3, 128 if plain else 168)
 
 
 class Noise(NamedTuple):
@@ -61,5 +65,8 @@ class Outer(NamedTuple):
     warps: int
 
 
-OUTER = Outer(128, 16, 4)
+def outer(width: int) -> Outer:
+    return Outer(128 if width <= 64 else 64, 16, 4)
+
+
 SUM = Outer(32, 64, 4)

@@ -24,12 +24,11 @@ def _write_part(
 )
 def embedding_kernel(
     out, ids, w, u, v, core, tokens, entries, n, w_stride, u_stride, v_stride, rank,
-    R: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
+    VEC: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
     EXACT: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, WIDE_V: tl.constexpr,
     ALIGNED: tl.constexpr, UV_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (strip of BM of a group's tokens, group). An id out of range gives a row of NaN."""
-    VEC: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     CW: tl.constexpr = 4 * VEC
     BN: tl.constexpr = PARTS * CW
     group = tl.program_id(1).to(tl.int64)

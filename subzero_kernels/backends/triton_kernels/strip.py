@@ -145,7 +145,7 @@ def strip_operands(
 
     Of the blocks R / 64 are distinct, at least one; SCALED takes one.
     """
-    B: tl.constexpr = min(R, 64)
+    B: tl.constexpr = R if R <= 64 else 64
     product = _product_block(
         u, row, inside, stride, core, rank, 0, coeff, queries, rng, stream, mu,
         R, B, DRAW, UV_ALIGNED, EXACT,
@@ -217,7 +217,7 @@ def tile_product(
 
     v_row times stride must fit into 32 bits.
     """
-    B: tl.constexpr = min(R, 64)
+    B: tl.constexpr = R if R <= 64 else 64
     y = tl.zeros((h0.shape[0], v_row.shape[1]), tl.float32)
     block = _load_v(v, v_row, inside, stride, rank, 0, R, B, UV_ALIGNED)
     y = _add_block(y, h0, l0, block, EXACT, LOW, SCALED, WIDE_V)

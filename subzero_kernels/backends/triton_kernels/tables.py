@@ -51,10 +51,10 @@ def _current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-_WIDTH = 16
+WIDTH = 16
 
 
-@triton.jit(do_not_specialize=[f"n{i}" for i in range(_WIDTH)])
+@triton.jit(do_not_specialize=[f"n{i}" for i in range(WIDTH)])
 def write_kernel(
     to,
     n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int64,
@@ -81,15 +81,15 @@ def write_kernel(
 
 
 def _write(tensor: Tensor, numbers: list[int]) -> None:
-    """Runs of _WIDTH numbers; the last one overlaps its neighbour, or ends in a longer tensor."""
-    if len(numbers) < _WIDTH:
-        whole = tensor.new_empty(_WIDTH)
-        _write(whole, numbers + [0] * (_WIDTH - len(numbers)))
+    """Runs of WIDTH numbers; the last one overlaps its neighbour, or ends in a longer tensor."""
+    if len(numbers) < WIDTH:
+        whole = tensor.new_empty(WIDTH)
+        _write(whole, numbers + [0] * (WIDTH - len(numbers)))
         tensor.copy_(whole[: len(numbers)])
         return
-    for start in range(0, len(numbers), _WIDTH):
-        start = min(start, len(numbers) - _WIDTH)
-        write_kernel[(1,)](tensor[start:], *numbers[start : start + _WIDTH], num_warps=1)
+    for start in range(0, len(numbers), WIDTH):
+        start = min(start, len(numbers) - WIDTH)
+        write_kernel[(1,)](tensor[start:], *numbers[start : start + WIDTH], num_warps=1)
 
 
 _Value = TypeVar("_Value")

@@ -224,7 +224,9 @@ def test_noise_outer_credits_the_noise_that_add_noise_added(target):
     out = torch.empty(columns, 4, device=target.device)
     sk.noise_outer_(out, weight, a, rows, rng, stream=STREAM)
     exact = torch.einsum("kn,knc,nr->cr", weight.double(), z.double(), a.double())
-    assert (out - exact).norm() < 1e-5 * exact.norm()
+    # reference and cpu multiply in fp32; sums of bf16 parts have the contract's bound.
+    bound = 1e-6 if target.backend in ("reference", "cpu") else 1e-5
+    assert (out - exact).norm() < bound * exact.norm()
 
 
 def test_nothing_to_add_and_nothing_to_write(target):

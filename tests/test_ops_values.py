@@ -119,7 +119,9 @@ def test_stochastic_rounding_uses_the_words_of_purpose_4(target, dtype, op):
     expected = rounded(0.0)
     got = got.cpu().double()
     assert ((rounded(-error) <= got) & (got <= rounded(error))).all()
-    assert (got != expected).float().mean() < 0.3
+    differing = (got != expected).sum()
+    # reference and cpu add in fp32: their sums differ from the exact ones in the last bits.
+    assert differing <= (2 if target.backend in ("reference", "cpu") else 0.3 * w.numel())
     assert (expected != exact.to(dtype).double()).any(), "nearest would pass as well"
 
 

@@ -3,9 +3,9 @@
 ``SUBZERO_BACKEND`` is read at each call: ``auto`` (the default) takes the native backend of the
 tensors' device where it is built and has the op, else ``reference``; a name takes that backend or
 raises. On NVIDIA GPUs there are two, ``cuda`` and ``triton``: auto takes the one that was measured
-to be the faster for the op, the dtype and the size (``choices.json``, which
-``benchmarks/choose_backends.py`` writes), the other where that one cannot run, and ``cuda`` before
-``triton`` where nothing was measured.
+to be the faster for the op, the dtype and the size (``choices.json``, empty until both have been
+measured), the other where that one cannot run, and ``cuda`` before ``triton`` where nothing was
+measured.
 
 A backend is a module of this package with the op's own name and arguments as plain functions,
 ``OPS`` (the names it has) and ``available()`` (whether it runs here, and why). It may have

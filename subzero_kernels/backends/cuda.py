@@ -1,7 +1,6 @@
 """The native CUDA backend: kernels of csrc/cuda on the tensor's own stream.
 
-``lowrank_linear`` composes cuBLAS's GEMMs: one with W as it lies there, one skinny one and the
-rank-r tail.
+``lowrank_linear`` is a composition of torch's GEMMs (_gemms.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from . import _high_rank as high_rank
 from . import _native_args as args
 from . import reference
+from ._gemms import lowrank_linear as lowrank_linear
 from .reference import _exact_products
 
 OPS = frozenset(
@@ -39,8 +39,6 @@ _FUSED_WIDTH = 128
 _NOISE_ELEMENTS = 1 << 22
 # The highest rank that lowrank_embedding's kernel takes.
 _EMBEDDING_RANK = 128
-# torch 2.8 gave mm a result wider than its factors.
-_WIDE_MM = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def available() -> tuple[bool, str]:
@@ -265,39 +263,6 @@ def _wide_noise_outer_(
             launch=_launch(out),
         )
         out.addmm_(noise.T, a[part].float(), beta=1.0 if start else beta)
-
-
-def _thin_product(rows: Tensor, basis: Tensor) -> Tensor:
-    """x V in fp32."""
-    if rows.dtype == torch.float32:
-        return rows @ basis.float()
-    if _WIDE_MM:
-        return torch.mm(rows, basis.to(rows.dtype), out_dtype=torch.float32)
-    return (rows @ basis.to(rows.dtype)).float()
-
-
-def lowrank_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, core: Tensor
-) -> Tensor:
-    shape = (*x.shape[:-1], w.shape[0])
-    rows = x.reshape(-1, x.shape[-1])
-    if not rows.numel():
-        return x.new_empty(shape)
-    groups, rank = core.shape[:2]
-    inner = _thin_product(rows, v).view(groups, -1, rank)
-    inner = torch.bmm(inner, core.mT).view(-1, rank)
-    if x.dtype == torch.float32 and bias is not None and bias.dim() == 1:
-        y = torch.addmm(bias, rows, w.T)
-        y.addmm_(inner, u.float().T)
-        return y.view(shape)
-    # The tail first: what 16 bits round of it is less than what they would of x W^T.
-    y = inner.to(x.dtype) @ u.to(x.dtype).T
-    y.addmm_(rows, w.T)
-    if bias is not None:  # last, in fp32, as it may be much larger
-        y.view(bias.numel() // bias.shape[-1], -1, bias.shape[-1]).add_(
-            bias.reshape(-1, 1, bias.shape[-1])
-        )
-    return y.view(shape)
 
 
 def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor) -> Tensor:

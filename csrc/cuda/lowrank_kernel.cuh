@@ -45,6 +45,7 @@ struct UpdateTraits : Shape_ {
   static constexpr bool kWide = sizeof(B) == 4;
   static constexpr bool kHalf = std::is_same_v<W, f16> && !kWide;
   static constexpr bool kTiny = kRank == 16;
+  static constexpr bool kMakesCores = kRank <= kMostOwnRank;
 
   // Parts of U, C, P = U C and V.
   static constexpr int kU = sizeof(W) == 4 ? 3 : std::is_same_v<B, bf16> ? 1 : 2;
@@ -255,21 +256,17 @@ __device__ __forceinline__ void gather(float (&added)[T::kVec], const float (&su
   }
 }
 
-// Asks for the next kAhead columns of the strip, whole rows at a time: DRAM likes long runs.
+// Asks for kAhead columns of the strip from `first` on, to lie in L2 when they are loaded. DRAM
+// likes long runs, and is not idle while P is made.
 template <class T>
 __device__ __forceinline__ void fetch_ahead(const UpdateItem& item, int64_t row, int64_t column,
                                             int first, int columns) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using W = typename T::W;
   const int count = min(T::kAhead, columns - first);
-  if (static_cast<int>(threadIdx.x) >= T::kTileRows || count <= 0) return;
   row += threadIdx.x;
-  if (row >= item.rows) return;
-  const auto* const from =
-      static_cast<const typename T::W*>(item.w) + row * item.w_stride + column + first;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
-               "r"(count * static_cast<int>(sizeof(typename T::W)))
-               : "memory");
-#endif
+  if (static_cast<int>(threadIdx.x) >= T::kTileRows || count <= 0 || row >= item.rows) return;
+  const W* const from = static_cast<const W*>(item.w) + row * item.w_stride + column + first;
+  fetch_to_l2(from, count * static_cast<int>(sizeof(W)));
 }
 
 template <class T, Access kAccess, class Batch>
@@ -291,23 +288,37 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   const int across = warp % T::kWarpsAcross * T::kWarpColumns;
   const int mine = across + lane % 4 * T::kVec;
 
+  // Cores made by a launch before wait until they are needed, everything else is older than that
+  // launch (UpdatePlan::run).
+  if (!call.cores_made) wait_for_launch_before();
+  allow_launch_after();
+
   // What comes from memory and does not depend on C is under way while C is made.
   using Weight = std::conditional_t<kVector, WeightRows<T>, WeightElements<T>>;
   const Weight w(item, row, column + mine, columns - mine);
   Bytes16 tile[T::kSpans][2];
-  if constexpr (kVector) {
+  const auto load_first_tile = [&] {
+    if constexpr (kVector) {
 #pragma unroll
-    for (int s = 0; s < T::kSpans; ++s)
+      for (int s = 0; s < T::kSpans; ++s)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) tile[s][h] = w.load(h, s * T::kSpan);
-  }
+        for (int h = 0; h < 2; ++h) tile[s][h] = w.load(h, s * T::kSpan);
+    }
+  };
+  constexpr bool kAhead = kVector && T::kAhead > 0;
+  if constexpr (kAhead)
+    fetch_ahead<T>(item, strip_row, column, 0, columns);
+  else
+    load_first_tile();
   BasisTile<T> v(item, column, columns);
   v.fetch(0, shared);
   NoiseSource words{};
   if (kAccess == Access::stochastic || (kAccess == Access::elements && call.stochastic))
     words = noise_source(call.rng, rounding_stream(item.stream));
 
+  if (call.cores_made) wait_for_launch_before();
   const Left<T> left = make_left<T>(item, call, row, shared + T::kCoreAt);
+  if constexpr (kAhead) load_first_tile();
   if constexpr (T::kWide) {
     __syncthreads();
     v.put(shared);
@@ -323,7 +334,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
     const int next = first + T::kTileColumns;
     uint16_t* const other = shared + (parity ^ 1) * T::kTileNumbers;
     if (next < columns) v.fetch(next, other);
-    if constexpr (kVector && T::kAhead > 0)
+    if constexpr (kAhead)
       if (first % T::kAhead == 0)
         fetch_ahead<T>(item, strip_row, column, first + T::kAhead, columns);
     const uint32_t here = corner + 2 * parity * T::kTileNumbers;

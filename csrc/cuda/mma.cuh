@@ -68,6 +68,32 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;\n" ::: "memory");
 }
 
+// Asks for memory to lie in L2; address and size are multiples of 16 bytes.
+__device__ __forceinline__ void fetch_to_l2(const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+  for (int at = 0; at < bytes; at += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+#endif
+}
+
+// ---- launches that overlap: the next kernel of a stream may start before this one ends
+
+// Waits for the kernel before, whose memory is visible from here on.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start when all thread blocks have come here; it waits for their end itself.
+__device__ __forceinline__ void allow_launch_after() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- numbers as sums of parts
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

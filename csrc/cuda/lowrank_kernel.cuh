@@ -1,11 +1,10 @@
 // The kernel of W = decay W + U C V^T. W is read once into the registers where the tensor cores
-// leave U C V^T, updated and written from there; it never passes through shared memory.
+// leave U C V^T, updated and written from there.
 //
 //   block    kTileRows rows (a strip) of one W, and a chunk of its columns, tile after tile
 //   warp     16 rows; P = U C for them stays in registers, as operand A
 //   tile     kWarpColumns columns a warp; V for them goes through shared memory, while the tile
-//            before is computed; each 16 bytes of W are asked for when those of the tile before
-//            have been written
+//            before is computed, and so does W, kStages - 1 tiles ahead
 //
 // The sum of an n-block of 8 columns lies two neighbouring columns to a thread. Taken over
 // kVec / 2 n-blocks that are 16 bytes of W, if n-block j has columns 2j, 2j + 1 of each kVec: an
@@ -25,13 +24,15 @@
 namespace subzero::cuda {
 
 // The shape of a thread block, to be chosen by measurement.
-template <int kWarpsDown_, int kWarpsAcross_, int kWarpColumns_, int kResident_,
+template <int kWarpsDown_, int kWarpsAcross_, int kWarpColumns_, int kResident_, int kStages_,
           LoadHint kLoad_ = LoadHint::none, StoreHint kStore_ = StoreHint::none, int kAhead_ = 0>
 struct Shape {
   static constexpr int kWarpsDown = kWarpsDown_;      // strips of 16 rows
   static constexpr int kWarpsAcross = kWarpsAcross_;  // beside each other in a tile
   static constexpr int kWarpColumns = kWarpColumns_;
   static constexpr int kResident = kResident_;  // blocks on a multiprocessor
+  static constexpr int kStages = kStages_;      // tiles of W in shared memory, 2 or 3
+  static_assert(kStages == 2 || kStages == 3, "V is waited for with at most one tile of W behind");
   static constexpr LoadHint kLoad = kLoad_;
   static constexpr StoreHint kStore = kStore_;
   static constexpr int kAhead = kAhead_;  // columns of W to fetch into L2 ahead, 0: none
@@ -68,7 +69,8 @@ struct UpdateTraits : Shape_ {
   static constexpr int kPitch = kRank + 8;
   static constexpr int kPartNumbers = kTileColumns * kPitch;
   static constexpr int kTileNumbers = kV * kPartNumbers;
-  static constexpr int kSharedBytes = 2 * kTileNumbers * 2;
+  static constexpr int kBasisBytes = 2 * kTileNumbers * 2;
+  static constexpr int kWeightBytes = Shape_::kStages * kThreads * kSpans * 2 * 16;
   // A first tile of V that is not wide is under way when C takes the place of the second.
   static constexpr int kPanel = kRank < 64 ? kRank : 64;  // columns of C, and of P, at a time
   static constexpr int kCorePitch = kPanel + 8;
@@ -76,6 +78,7 @@ struct UpdateTraits : Shape_ {
   static constexpr int kCoreRows = kCoreRoom >= 32 && kRank >= 32 ? 32 : 16;
   static constexpr int kCoreAt = kWide ? 0 : kTileNumbers;
   static_assert(kCoreRoom >= 16, "no room for C");
+  static_assert(kBasisBytes + kWeightBytes <= 99 << 10, "more than a block of sm_86 may have");
   static_assert(kSpans * kBlocks % 4 == 0, "n-blocks are computed by fours");
 
   // Where column c of a tile lies in a tile of V: span by span, n-block by n-block.
@@ -295,30 +298,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
 
   // What comes from memory and does not depend on C is under way while C is made.
   using Weight = std::conditional_t<kVector, WeightRows<T>, WeightElements<T>>;
-  const Weight w(item, row, column + mine, columns - mine);
-  Bytes16 tile[T::kSpans][2];
-  const auto load_first_tile = [&] {
-    if constexpr (kVector) {
-#pragma unroll
-      for (int s = 0; s < T::kSpans; ++s)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) tile[s][h] = w.load(h, s * T::kSpan);
-    }
-  };
+  const Weight w(item, row, column + mine, columns - mine,
+                 reinterpret_cast<unsigned char*>(shared) + T::kBasisBytes);
   constexpr bool kAhead = kVector && T::kAhead > 0;
-  if constexpr (kAhead)
-    fetch_ahead<T>(item, strip_row, column, 0, columns);
-  else
-    load_first_tile();
   BasisTile<T> v(item, column, columns);
   v.fetch(0, shared);
+  end_copies();
+  if constexpr (kVector)
+    for (int stage = 0; stage < T::kStages - 1; ++stage) {
+      w.fetch(stage * T::kTileColumns, stage);
+      end_copies();
+    }
+  if constexpr (kAhead) fetch_ahead<T>(item, strip_row, column, 0, columns);
   NoiseSource words{};
   if (kAccess == Access::stochastic || (kAccess == Access::elements && call.stochastic))
     words = noise_source(call.rng, rounding_stream(item.stream));
 
   if (call.cores_made) wait_for_launch_before();
   const Left<T> left = make_left<T>(item, call, row, shared + T::kCoreAt);
-  if constexpr (kAhead) load_first_tile();
   if constexpr (T::kWide) {
     __syncthreads();
     v.put(shared);
@@ -327,13 +324,19 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   // Lane 8 i + x: row x of matrix i, of n-block i / 2 and k + 0 or 8 (i % 2).
   const uint32_t corner = shared_address(shared) +
                           2 * ((across + lane / 16 * 8 + lane % 8) * T::kPitch + lane / 8 % 2 * 8);
-  int parity = 0;
+  int parity = 0, stage = 0;  // of this tile of V, of W
   for (int first = 0; first < columns; first += T::kTileColumns, parity ^= 1) {
-    wait_for_copies();
+    wait_for_copies<kVector ? T::kStages - 2 : 0>();
     __syncthreads();  // this tile of V is there, and nobody needs the one before
     const int next = first + T::kTileColumns;
     uint16_t* const other = shared + (parity ^ 1) * T::kTileNumbers;
     if (next < columns) v.fetch(next, other);
+    end_copies();
+    if constexpr (kVector) {
+      // Into the stage of the tile before, which this thread has read.
+      w.fetch(first + (T::kStages - 1) * T::kTileColumns, stage == 0 ? T::kStages - 1 : stage - 1);
+      end_copies();
+    }
     if constexpr (kAhead)
       if (first % T::kAhead == 0)
         fetch_ahead<T>(item, strip_row, column, first + T::kAhead, columns);
@@ -352,9 +355,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
           uint32_t word[T::kVec];
           if constexpr (kAccess == Access::stochastic) w.words(words, h, offset, word);
           w.store(h, offset,
-                  updated<typename T::W>(tile[s][h], added, call,
+                  updated<typename T::W>(w.load(stage, s, h), added, call,
                                          kAccess == Access::stochastic ? word : nullptr));
-          if (next < columns) tile[s][h] = w.load(h, next + s * T::kSpan);
         }
       }
     } else {
@@ -372,6 +374,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
       }
     }
     if (next < columns) v.put(other);
+    stage = stage == T::kStages - 1 ? 0 : stage + 1;
   }
 }
 

@@ -57,15 +57,29 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, or zeros, past the registers.
+// 16 bytes from global to shared memory, or zeros, past the registers: nothing waits for them but
+// wait_for_copies. kWide asks L2 for 256 bytes at once.
+template <bool kWide = false>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
+  const int bytes = real ? 16 : 0;
+  if constexpr (kWide)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
 }
 
+// Ends a group of a thread's copies.
+__device__ __forceinline__ void end_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Until all of the thread's groups but the last kPending have come.
+template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;\n" ::: "memory");
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
 // Asks for memory to lie in L2; address and size are multiples of 16 bytes.

@@ -78,7 +78,9 @@ struct UpdateTraits : Shape_ {
   static constexpr int kCoreRows = kCoreRoom >= 32 && kRank >= 32 ? 32 : 16;
   static constexpr int kCoreAt = kWide ? 0 : kTileNumbers;
   static_assert(kCoreRoom >= 16, "no room for C");
+#if !defined(SUBZERO_TUNE)
   static_assert(kBasisBytes + kWeightBytes <= 99 << 10, "more than a block of sm_86 may have");
+#endif
   static_assert(kSpans * kBlocks % 4 == 0, "n-blocks are computed by fours");
 
   // Where column c of a tile lies in a tile of V: span by span, n-block by n-block.

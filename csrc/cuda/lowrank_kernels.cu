@@ -55,7 +55,7 @@ UpdateKernel tuned(Access access, int number) {
   constexpr auto none = LoadHint::none, fetch256 = LoadHint::fetch256;
   constexpr auto keep = StoreHint::none, streaming = StoreHint::streaming;
   constexpr int kLine = 128 / sizeof(W), kTwo = Choice<W, W, kRank>::kTwo ? 2 : 1;
-  constexpr int kMost = kRank == 256 ? 2 : 3;
+  constexpr int kMost = Chosen<W, W, kRank>::kStages;
   using Shapes = std::tuple<Chosen<W, W, kRank>,                                          // 0
                             Shape<8, 1, kLine, kTwo, kMost>,                              // 1
                             Shape<8, 1, kLine, kTwo, 2>,                                  // 2

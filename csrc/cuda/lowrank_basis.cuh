@@ -22,40 +22,42 @@ __device__ __forceinline__ void load_some(const T* from, int count, float (&out)
 template <class Traits>
 class BasisTile {
   using B = typename Traits::B;
-  static constexpr int kPiecesOfRow = Traits::kRank / 8;  // of 8 numbers
-  static constexpr int kPieces = Traits::kTileColumns * kPiecesOfRow;
-  static constexpr int kEach = (kPieces + Traits::kThreads - 1) / Traits::kThreads;
+  // A thread takes the same 8 numbers of every kApart-th column.
+  static constexpr int kPiecesOfRow = Traits::kRank / 8;
+  static constexpr int kApart = Traits::kThreads / kPiecesOfRow;
+  static constexpr int kEach = (Traits::kTileColumns + kApart - 1) / kApart;
+  static_assert(Traits::kThreads % kPiecesOfRow == 0, "threads take parts of several rows");
 
  public:
   __device__ BasisTile(const UpdateItem& item, int64_t column, int columns)
-      : item_(item), column_(column), columns_(columns) {
+      : item_(item), columns_(columns) {
     const int size = Traits::kWide && item.v_wide ? 4 : 2;
     const auto address = reinterpret_cast<uintptr_t>(item.v);
     whole_pieces_ = item.rank % 8 == 0 && item.v_stride * size % 16 == 0 && address % 16 == 0;
+    offset_ = (column + first_column()) * item.v_stride + at();
   }
 
   // Starts to fetch the tile `first` columns into the chunk; put() ends it.
   __device__ __forceinline__ void fetch(int first, uint16_t* tile) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int piece = static_cast<int>(threadIdx.x) + i * Traits::kThreads;
-      if (kPieces % Traits::kThreads != 0 && piece >= kPieces) break;
-      const int c = piece / kPiecesOfRow, at = piece % kPiecesOfRow * 8;
-      const bool real = first + c < columns_ && at < item_.rank;
-      const int64_t offset = (column_ + first + c) * item_.v_stride + at;
+      const int c = first_column() + i * kApart;
+      if (Traits::kTileColumns % kApart != 0 && c >= Traits::kTileColumns) break;
+      const bool real = first + c < columns_ && at() < item_.rank;
+      const int64_t offset = offset_ + (first + i * kApart) * item_.v_stride;
       if constexpr (Traits::kWide) {
-        const int count = real ? min(8, item_.rank - at) : 0;
+        const int count = real ? min(8, item_.rank - at()) : 0;
         if (item_.v_wide)
           fetch_wide(static_cast<const float*>(item_.v) + offset, count, held_[i]);
         else
           load_some(static_cast<const typename Traits::W*>(item_.v) + offset, count, held_[i]);
       } else {
         const B* const from = static_cast<const B*>(item_.v) + offset;
-        uint16_t* const to = tile + Traits::place(c) * Traits::kPitch + at;
+        uint16_t* const to = tile + row_of(i) * Traits::kPitch + at();
         if (whole_pieces_) {
           copy_async(shared_address(to), real ? from : item_.v, real);
         } else {
-          const int count = real ? item_.rank - at : 0;
+          const int count = real ? item_.rank - at() : 0;
 #pragma unroll
           for (int j = 0; j < 8; ++j) to[j] = j < count ? from[j].bits : uint16_t{0};
         }
@@ -67,22 +69,36 @@ class BasisTile {
     if constexpr (Traits::kWide) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        const int piece = static_cast<int>(threadIdx.x) + i * Traits::kThreads;
-        if (kPieces % Traits::kThreads != 0 && piece >= kPieces) break;
-        const int c = piece / kPiecesOfRow, at = piece % kPiecesOfRow * 8;
+        if (Traits::kTileColumns % kApart != 0 &&
+            first_column() + i * kApart >= Traits::kTileColumns)
+          break;
         uint32_t part[4][Traits::kV];
 #pragma unroll
         for (int j = 0; j < 4; ++j) split(held_[i][2 * j], held_[i][2 * j + 1], part[j]);
 #pragma unroll
         for (int p = 0; p < Traits::kV; ++p)
-          *reinterpret_cast<uint4*>(tile + p * Traits::kPartNumbers +
-                                    Traits::place(c) * Traits::kPitch + at) =
+          *reinterpret_cast<uint4*>(tile + p * Traits::kPartNumbers + row_of(i) * Traits::kPitch +
+                                    at()) =
               make_uint4(part[0][p], part[1][p], part[2][p], part[3][p]);
       }
     }
   }
 
  private:
+  static __device__ __forceinline__ int at() {
+    return static_cast<int>(threadIdx.x) % kPiecesOfRow * 8;
+  }
+  static __device__ __forceinline__ int first_column() {
+    return static_cast<int>(threadIdx.x) / kPiecesOfRow;
+  }
+  // The row of the tile for column first_column() + i kApart. `place` moves bits of a column to
+  // other positions, so it is a sum over the bits, which do not overlap for a power of two.
+  static __device__ __forceinline__ int row_of(int i) {
+    if constexpr ((kApart & (kApart - 1)) == 0)
+      return Traits::place(first_column()) + Traits::place(i * kApart);
+    return Traits::place(first_column() + i * kApart);
+  }
+
   __device__ __forceinline__ void fetch_wide(const float* from, int count, float (&out)[8]) {
     if (!whole_pieces_) return load_some(from, count, out);
     float4 low{}, high{};
@@ -95,7 +111,7 @@ class BasisTile {
   }
 
   const UpdateItem& item_;
-  int64_t column_;
+  int64_t offset_;  // of this thread's first 8 numbers in V
   int columns_;
   bool whole_pieces_;
   float held_[Traits::kWide ? kEach : 1][8];

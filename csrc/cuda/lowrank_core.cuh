@@ -39,7 +39,7 @@ __device__ __forceinline__ void stage_core(const UpdateItem& item, const UpdateC
                                            int first, int column, uint16_t* out) {
   constexpr int kCount = Traits::kCoreRows * Traits::kPanel;
   const int rank = item.rank, thread = static_cast<int>(threadIdx.x);
-  if (call.cores != nullptr) {
+  if (!Traits::kMakesCores || call.cores != nullptr) {
     const float* const core = call.cores + item.core;
     for (int i = thread; i < kCount; i += Traits::kThreads) {
       const int k = i / Traits::kPanel, n = i % Traits::kPanel;
@@ -48,21 +48,22 @@ __device__ __forceinline__ void stage_core(const UpdateItem& item, const UpdateC
     }
     return;
   }
-  // Made here only where C is one panel.
-  if (rank < Traits::kPanel) {
-    for (int i = thread; i < kCount; i += Traits::kThreads)
-      put_core<Traits>(0.0f, i / Traits::kPanel, i % Traits::kPanel, out);
-    __syncthreads();
-  }
-  const int begin = first * rank, end = min(first + Traits::kCoreRows, rank) * rank;
-  for (int quad = begin / 4 + thread; 4 * quad < end; quad += Traits::kThreads) {
-    const Normals value = core_quad(item, call, static_cast<uint32_t>(quad));
-    int k = 4 * quad / rank, n = 4 * quad % rank;
+  if constexpr (Traits::kMakesCores) {
+    if (rank < Traits::kPanel) {
+      for (int i = thread; i < kCount; i += Traits::kThreads)
+        put_core<Traits>(0.0f, i / Traits::kPanel, i % Traits::kPanel, out);
+      __syncthreads();
+    }
+    const int begin = first * rank, end = min(first + Traits::kCoreRows, rank) * rank;
+    for (int quad = begin / 4 + thread; 4 * quad < end; quad += Traits::kThreads) {
+      const Normals value = core_quad(item, call, static_cast<uint32_t>(quad));
+      int k = 4 * quad / rank, n = 4 * quad % rank;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (4 * quad + j >= begin && 4 * quad + j < end)
-        put_core<Traits>(value.z[j], k - first, n, out);
-      if (++n == rank) n = 0, ++k;
+      for (int j = 0; j < 4; ++j) {
+        if (4 * quad + j >= begin && 4 * quad + j < end)
+          put_core<Traits>(value.z[j], k - first, n, out);
+        if (++n == rank) n = 0, ++k;
+      }
     }
   }
 }

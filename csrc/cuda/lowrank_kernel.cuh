@@ -1,11 +1,10 @@
 // The kernel of W = decay W + U C V^T. W is read once into the registers where the tensor cores
-// leave U C V^T, updated and written from there; it never passes through shared memory.
+// leave U C V^T, updated and written from there.
 //
 //   block    kTileRows rows (a strip) of one W, and a chunk of its columns, tile after tile
 //   warp     16 rows; P = U C for them stays in registers, as operand A
 //   tile     kWarpColumns columns a warp; V for them goes through shared memory, while the tile
-//            before is computed; each 16 bytes of W are asked for when those of the tile before
-//            have been written
+//            before is computed, and so does W, kStages - 1 tiles ahead
 //
 // The sum of an n-block of 8 columns lies two neighbouring columns to a thread. Taken over
 // kVec / 2 n-blocks that are 16 bytes of W, if n-block j has columns 2j, 2j + 1 of each kVec: an
@@ -25,13 +24,15 @@
 namespace subzero::cuda {
 
 // The shape of a thread block, to be chosen by measurement.
-template <int kWarpsDown_, int kWarpsAcross_, int kWarpColumns_, int kResident_,
+template <int kWarpsDown_, int kWarpsAcross_, int kWarpColumns_, int kResident_, int kStages_,
           LoadHint kLoad_ = LoadHint::none, StoreHint kStore_ = StoreHint::none, int kAhead_ = 0>
 struct Shape {
   static constexpr int kWarpsDown = kWarpsDown_;      // strips of 16 rows
   static constexpr int kWarpsAcross = kWarpsAcross_;  // beside each other in a tile
   static constexpr int kWarpColumns = kWarpColumns_;
   static constexpr int kResident = kResident_;  // blocks on a multiprocessor
+  static constexpr int kStages = kStages_;      // tiles of W in shared memory, 2 or 3
+  static_assert(kStages == 2 || kStages == 3, "V is waited for with at most one tile of W behind");
   static constexpr LoadHint kLoad = kLoad_;
   static constexpr StoreHint kStore = kStore_;
   static constexpr int kAhead = kAhead_;  // columns of W to fetch into L2 ahead, 0: none
@@ -45,6 +46,7 @@ struct UpdateTraits : Shape_ {
   static constexpr bool kWide = sizeof(B) == 4;
   static constexpr bool kHalf = std::is_same_v<W, f16> && !kWide;
   static constexpr bool kTiny = kRank == 16;
+  static constexpr bool kMakesCores = kRank <= kMostOwnRank;
 
   // Parts of U, C, P = U C and V.
   static constexpr int kU = sizeof(W) == 4 ? 3 : std::is_same_v<B, bf16> ? 1 : 2;
@@ -67,7 +69,8 @@ struct UpdateTraits : Shape_ {
   static constexpr int kPitch = kRank + 8;
   static constexpr int kPartNumbers = kTileColumns * kPitch;
   static constexpr int kTileNumbers = kV * kPartNumbers;
-  static constexpr int kSharedBytes = 2 * kTileNumbers * 2;
+  static constexpr int kBasisBytes = 2 * kTileNumbers * 2;
+  static constexpr int kWeightBytes = Shape_::kStages * kThreads * kSpans * 2 * 16;
   // A first tile of V that is not wide is under way when C takes the place of the second.
   static constexpr int kPanel = kRank < 64 ? kRank : 64;  // columns of C, and of P, at a time
   static constexpr int kCorePitch = kPanel + 8;
@@ -75,6 +78,9 @@ struct UpdateTraits : Shape_ {
   static constexpr int kCoreRows = kCoreRoom >= 32 && kRank >= 32 ? 32 : 16;
   static constexpr int kCoreAt = kWide ? 0 : kTileNumbers;
   static_assert(kCoreRoom >= 16, "no room for C");
+#if !defined(SUBZERO_TUNE)
+  static_assert(kBasisBytes + kWeightBytes <= 99 << 10, "more than a block of sm_86 may have");
+#endif
   static_assert(kSpans * kBlocks % 4 == 0, "n-blocks are computed by fours");
 
   // Where column c of a tile lies in a tile of V: span by span, n-block by n-block.
@@ -255,21 +261,17 @@ __device__ __forceinline__ void gather(float (&added)[T::kVec], const float (&su
   }
 }
 
-// Asks for the next kAhead columns of the strip, whole rows at a time: DRAM likes long runs.
+// Asks for kAhead columns of the strip from `first` on, to lie in L2 when they are loaded. DRAM
+// likes long runs, and is not idle while P is made.
 template <class T>
 __device__ __forceinline__ void fetch_ahead(const UpdateItem& item, int64_t row, int64_t column,
                                             int first, int columns) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using W = typename T::W;
   const int count = min(T::kAhead, columns - first);
-  if (static_cast<int>(threadIdx.x) >= T::kTileRows || count <= 0) return;
   row += threadIdx.x;
-  if (row >= item.rows) return;
-  const auto* const from =
-      static_cast<const typename T::W*>(item.w) + row * item.w_stride + column + first;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
-               "r"(count * static_cast<int>(sizeof(typename T::W)))
-               : "memory");
-#endif
+  if (static_cast<int>(threadIdx.x) >= T::kTileRows || count <= 0 || row >= item.rows) return;
+  const W* const from = static_cast<const W*>(item.w) + row * item.w_stride + column + first;
+  fetch_to_l2(from, count * static_cast<int>(sizeof(W)));
 }
 
 template <class T, Access kAccess, class Batch>
@@ -291,22 +293,30 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   const int across = warp % T::kWarpsAcross * T::kWarpColumns;
   const int mine = across + lane % 4 * T::kVec;
 
+  // Cores made by a launch before wait until they are needed, everything else is older than that
+  // launch (UpdatePlan::run).
+  if (!call.cores_made) wait_for_launch_before();
+  allow_launch_after();
+
   // What comes from memory and does not depend on C is under way while C is made.
   using Weight = std::conditional_t<kVector, WeightRows<T>, WeightElements<T>>;
-  const Weight w(item, row, column + mine, columns - mine);
-  Bytes16 tile[T::kSpans][2];
-  if constexpr (kVector) {
-#pragma unroll
-    for (int s = 0; s < T::kSpans; ++s)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) tile[s][h] = w.load(h, s * T::kSpan);
-  }
+  const Weight w(item, row, column + mine, columns - mine,
+                 reinterpret_cast<unsigned char*>(shared) + T::kBasisBytes);
+  constexpr bool kAhead = kVector && T::kAhead > 0;
   BasisTile<T> v(item, column, columns);
   v.fetch(0, shared);
+  end_copies();
+  if constexpr (kVector)
+    for (int stage = 0; stage < T::kStages - 1; ++stage) {
+      w.fetch(stage * T::kTileColumns, stage);
+      end_copies();
+    }
+  if constexpr (kAhead) fetch_ahead<T>(item, strip_row, column, 0, columns);
   NoiseSource words{};
   if (kAccess == Access::stochastic || (kAccess == Access::elements && call.stochastic))
     words = noise_source(call.rng, rounding_stream(item.stream));
 
+  if (call.cores_made) wait_for_launch_before();
   const Left<T> left = make_left<T>(item, call, row, shared + T::kCoreAt);
   if constexpr (T::kWide) {
     __syncthreads();
@@ -316,14 +326,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   // Lane 8 i + x: row x of matrix i, of n-block i / 2 and k + 0 or 8 (i % 2).
   const uint32_t corner = shared_address(shared) +
                           2 * ((across + lane / 16 * 8 + lane % 8) * T::kPitch + lane / 8 % 2 * 8);
-  int parity = 0;
+  int parity = 0, stage = 0;  // of this tile of V, of W
   for (int first = 0; first < columns; first += T::kTileColumns, parity ^= 1) {
-    wait_for_copies();
+    wait_for_copies<kVector ? T::kStages - 2 : 0>();
     __syncthreads();  // this tile of V is there, and nobody needs the one before
     const int next = first + T::kTileColumns;
     uint16_t* const other = shared + (parity ^ 1) * T::kTileNumbers;
     if (next < columns) v.fetch(next, other);
-    if constexpr (kVector && T::kAhead > 0)
+    end_copies();
+    if constexpr (kVector) {
+      // Into the stage of the tile before, which this thread has read.
+      w.fetch(first + (T::kStages - 1) * T::kTileColumns, stage == 0 ? T::kStages - 1 : stage - 1);
+      end_copies();
+    }
+    if constexpr (kAhead)
       if (first % T::kAhead == 0)
         fetch_ahead<T>(item, strip_row, column, first + T::kAhead, columns);
     const uint32_t here = corner + 2 * parity * T::kTileNumbers;
@@ -341,9 +357,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
           uint32_t word[T::kVec];
           if constexpr (kAccess == Access::stochastic) w.words(words, h, offset, word);
           w.store(h, offset,
-                  updated<typename T::W>(tile[s][h], added, call,
+                  updated<typename T::W>(w.load(stage, s, h), added, call,
                                          kAccess == Access::stochastic ? word : nullptr));
-          if (next < columns) tile[s][h] = w.load(h, next + s * T::kSpan);
         }
       }
     } else {
@@ -361,6 +376,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
       }
     }
     if (next < columns) v.put(other);
+    stage = stage == T::kStages - 1 ? 0 : stage + 1;
   }
 }
 

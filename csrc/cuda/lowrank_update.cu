@@ -144,7 +144,7 @@ constexpr int64_t kMostScratch = 1 << 20;
 
 // Thread blocks make their own core where that takes each thread a few quads of noise.
 bool own_cores(int rank, int64_t queries) {
-  return rank <= 64 && (rank * rank / 4) * queries <= 8 * 256;
+  return rank <= kMostOwnRank && (rank * rank / 4) * queries <= 8 * 256;
 }
 
 template <class Batch>
@@ -209,11 +209,15 @@ Status next_launch(const Kind& kind, const std::vector<UpdateItem>& all, size_t&
 Status UpdatePlan::prepare(const LowRank* items, int64_t count, int device) {
   device_ = device;
   const DeviceGuard guard(device);
-  int processors = 0;
+  int processors = 0, generation = 0, driver = 0;
   cudaError_t error = guard.error();
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess) return status_of(error);
+  overlap_ = generation >= 9 && driver >= 12030;  // older drivers cannot capture it in a graph
   std::map<Kind, std::vector<UpdateItem>> kinds;
   for (int64_t i = 0; i < count; ++i) {
     if (items[i].u.columns > kMostRank) return failure("no kernel for a rank above 256");
@@ -241,26 +245,40 @@ int64_t UpdatePlan::scratch_bytes(int64_t queries) const {
   return most;
 }
 
+cudaError_t launch_kernel(const void* kernel, dim3 blocks, int threads, int shared_bytes,
+                          void** arguments, const Place& place) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = place.stream;
+  config.attrs = &overlap;
+  config.numAttrs = place.overlap ? 1 : 0;
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
 Status UpdatePlan::run(UpdateCall call, void* scratch, cudaStream_t stream) const {
   const DeviceGuard guard(device_);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
+  const Place place{stream, overlap_};
   const float* const given = call.cores;
   for (const UpdateLaunch& launch : launches_) {
     call.cores = given;
-    if (given == nullptr && !own_cores(launch.most_rank, call.queries)) {
+    call.cores_made = given == nullptr && !own_cores(launch.most_rank, call.queries);
+    if (call.cores_made) {
       float* const cores = static_cast<float*>(scratch);
-      const cudaError_t error = make_cores(launch, call, cores, stream);
+      const cudaError_t error = make_cores(launch, call, cores, place);
       if (error != cudaSuccess) return status_of(error);
       call.cores = cores;
     }
     const UpdateKernel& kernel = launch.kernel[call.stochastic ? 1 : 0];
-    const void* const batch =
-        launch.few ? static_cast<const void*>(launch.few.get()) : launch.many.get();
-    void* arguments[] = {const_cast<void*>(batch), &call};
+    void* arguments[] = {launch.batch(), &call};
     const cudaError_t error =
-        cudaLaunchKernel(launch.few ? kernel.few : kernel.many, dim3(launch.blocks),
-                         dim3(static_cast<unsigned>(kernel.threads)), arguments,
-                         static_cast<size_t>(kernel.shared_bytes), stream);
+        launch_kernel(launch.few ? kernel.few : kernel.many, dim3(launch.blocks), kernel.threads,
+                      kernel.shared_bytes, arguments, place);
     if (error != cudaSuccess) return status_of(error);
   }
   return Status{};

@@ -12,6 +12,8 @@ namespace subzero::cuda {
 
 // The highest rank there are kernels for.
 constexpr int64_t kMostRank = 256;
+// The highest rank at which thread blocks may make their own core from noise.
+constexpr int kMostOwnRank = 64;
 
 // One matrix. Thread blocks take strips of rows, cut into chunks of columns.
 struct UpdateItem {
@@ -63,6 +65,7 @@ struct UpdateCall {
   float decay;
   float decay_rest;  // what fp32 loses of it, for fp32 weights
   bool stochastic;
+  bool cores_made;  // by the launch before
 };
 
 // Kernel parameters end at 4 KiB where either the compiler or the GPU is older, else at 32,764
@@ -94,6 +97,16 @@ enum class Access { nearest, stochastic, elements };
 template <class W, int kRank>
 UpdateKernel update_kernel(bool wide, Access access);
 
+// Where to launch. `overlap`: kernels wait for the one before them themselves (mma.cuh), so that
+// starting one hides behind the end of the other.
+struct Place {
+  cudaStream_t stream;
+  bool overlap;
+};
+
+cudaError_t launch_kernel(const void* kernel, dim3 blocks, int threads, int shared_bytes,
+                          void** arguments, const Place& place);
+
 // One launch: a kernel, by either rounding, and what it works on.
 struct UpdateLaunch {
   UpdateKernel kernel[2];  // by Rounding
@@ -103,6 +116,12 @@ struct UpdateLaunch {
   uint32_t blocks;
   int64_t core_floats;  // of all items
   int most_rank;
+
+  // As a kernel's argument.
+  void* batch() const {
+    const void* const items = few ? static_cast<const void*>(few.get()) : many.get();
+    return const_cast<void*>(items);
+  }
 };
 
 // Matrices sorted into launches by dtype, rank and alignment, for calls that repeat. Usually that
@@ -121,10 +140,11 @@ class UpdatePlan {
  private:
   std::vector<UpdateLaunch> launches_;
   int device_ = 0;
+  bool overlap_ = false;
 };
 
 // The cores of a launch's items from their noise, one after another (perturb.cu).
 cudaError_t make_cores(const UpdateLaunch& launch, const UpdateCall& call, float* cores,
-                       cudaStream_t stream);
+                       const Place& place);
 
 }  // namespace subzero::cuda

@@ -39,15 +39,18 @@ __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
 }
 
 // Rows q and q + 8 of a warp's 16, from a thread's first column on, which begin at 16 bytes.
-// `offset` counts columns from there. What lies outside of the matrix is read as zero and not
-// written.
+// `offset` counts columns from there. W comes through shared memory, where a thread has slots of
+// its own: registers would hold fewer bytes under way, and the compiler waits for all loads of a
+// loop where it turns. What lies outside of the matrix is read as zero and not written.
 template <class Traits>
 class WeightRows {
   using W = typename Traits::W;
   static constexpr int kVec = Traits::kVec;
 
  public:
-  __device__ WeightRows(const UpdateItem& item, int64_t row, int64_t column, int columns) {
+  __device__ WeightRows(const UpdateItem& item, int64_t row, int64_t column, int columns,
+                        unsigned char* slots)
+      : item_(item), slots_(slots + 16 * threadIdx.x) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       left_[h] = row + 8 * h < item.rows ? columns : 0;
@@ -56,9 +59,21 @@ class WeightRows {
     }
   }
 
-  __device__ __forceinline__ Bytes16 load(int h, int offset) const {
-    if (offset < left_[h]) return load16<Traits::kLoad>(row_[h] + offset);
-    return Bytes16{};
+  // Starts to fetch the tile from `first` on.
+  __device__ __forceinline__ void fetch(int first, int stage) const {
+#pragma unroll
+    for (int s = 0; s < Traits::kSpans; ++s)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int offset = first + s * Traits::kSpan;
+        const bool real = offset < left_[h];
+        copy_async<Traits::kLoad == LoadHint::fetch256>(shared_address(slot(stage, s, h)),
+                                                        real ? row_[h] + offset : item_.w, real);
+      }
+  }
+
+  __device__ __forceinline__ Bytes16 load(int stage, int s, int h) const {
+    return *reinterpret_cast<const Bytes16*>(slot(stage, s, h));
   }
 
   __device__ __forceinline__ void store(int h, int offset, const Bytes16& x) const {
@@ -78,6 +93,12 @@ class WeightRows {
   }
 
  private:
+  __device__ __forceinline__ unsigned char* slot(int stage, int s, int h) const {
+    return slots_ + ((stage * Traits::kSpans + s) * 2 + h) * 16 * Traits::kThreads;
+  }
+
+  const UpdateItem& item_;
+  unsigned char* slots_;
   W* row_[2];
   int64_t first_[2];  // row-major index in the whole matrix
   int left_[2];       // columns, none in a row outside of it
@@ -91,7 +112,8 @@ class WeightElements {
   static constexpr int kVec = Traits::kVec;
 
  public:
-  __device__ WeightElements(const UpdateItem& item, int64_t row, int64_t column, int columns)
+  __device__ WeightElements(const UpdateItem& item, int64_t row, int64_t column, int columns,
+                            unsigned char*)
       : item_(item), row_(row), column_(column), columns_(columns) {}
 
   // W = decay W + sum for kVec neighbours, the sums `added`.

@@ -57,15 +57,55 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, or zeros, past the registers.
+// 16 bytes from global to shared memory, or zeros, past the registers: nothing waits for them but
+// wait_for_copies. kWide asks L2 for 256 bytes at once.
+template <bool kWide = false>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
+  const int bytes = real ? 16 : 0;
+  if constexpr (kWide)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
 }
 
+// Ends a group of a thread's copies.
+__device__ __forceinline__ void end_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Until all of the thread's groups but the last kPending have come.
+template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;\n" ::: "memory");
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Asks for memory to lie in L2; address and size are multiples of 16 bytes.
+__device__ __forceinline__ void fetch_to_l2(const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+  for (int at = 0; at < bytes; at += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+#endif
+}
+
+// ---- launches that overlap: the next kernel of a stream may start before this one ends
+
+// Waits for the kernel before, whose memory is visible from here on.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start when all thread blocks have come here; it waits for their end itself.
+__device__ __forceinline__ void allow_launch_after() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- numbers as sums of parts

@@ -6,8 +6,11 @@ namespace {
 
 // One block of the generator per thread: blockIdx.y is the item.
 template <class Batch>
-__global__ void core_sum_kernel(const __grid_constant__ Batch batch, UpdateCall call,
-                                float* cores) {
+__global__ void core_sum_kernel(const __grid_constant__ Batch batch,
+                                const __grid_constant__ UpdateCall call, float* cores) {
+  // In this order: whatever starts after may rely on what this kernel waited for.
+  wait_for_launch_before();
+  allow_launch_after();
   const UpdateItem& item = batch.items[blockIdx.y];
   const int size = item.rank * item.rank;
   float* const core = cores + item.core;
@@ -21,15 +24,15 @@ __global__ void core_sum_kernel(const __grid_constant__ Batch batch, UpdateCall 
 }  // namespace
 
 cudaError_t make_cores(const UpdateLaunch& launch, const UpdateCall& call, float* cores,
-                       cudaStream_t stream) {
+                       const Place& place) {
   const int quads = (launch.most_rank * launch.most_rank + 3) / 4;
-  const dim3 grid(static_cast<unsigned>((quads + kThreads - 1) / kThreads),
-                  static_cast<unsigned>(launch.count));
-  if (launch.few)
-    core_sum_kernel<<<grid, kThreads, 0, stream>>>(*launch.few, call, cores);
-  else
-    core_sum_kernel<<<grid, kThreads, 0, stream>>>(*launch.many, call, cores);
-  return cudaGetLastError();
+  const dim3 blocks(static_cast<unsigned>((quads + kThreads - 1) / kThreads),
+                    static_cast<unsigned>(launch.count));
+  const void* const kernel = launch.few
+                                 ? reinterpret_cast<const void*>(&core_sum_kernel<FewItems>)
+                                 : reinterpret_cast<const void*>(&core_sum_kernel<ManyItems>);
+  void* arguments[] = {launch.batch(), const_cast<UpdateCall*>(&call), &cores};
+  return launch_kernel(kernel, blocks, kThreads, 0, arguments, place);
 }
 
 PerturbPlan::PerturbPlan() : plan_(new UpdatePlan) {}

@@ -250,11 +250,12 @@ void bind_cpu(py::module_ m) {
 }
 
 #if defined(SUBZERO_CUDA)
-// perturb_ and perturb_many_, whose errors bear the name of `op`.
-class CudaPerturbPlan {
+// perturb_, perturb_many_ or fold_: errors bear the name of `op`.
+class CudaLowRankPlan {
  public:
-  CudaPerturbPlan(std::string op, const std::vector<LowRank>& items, int device)
-      : op_(std::move(op)),
+  CudaLowRankPlan(std::string op, const std::vector<LowRank>& items, int device)
+      : item_(items.empty() ? LowRank{} : items[0]),
+        op_(std::move(op)),
         shapes_(items.size() == 1 ? shapes(items[0]) : shapes(items)),
         device_(device) {
     check(plan_.prepare(items.data(), static_cast<int64_t>(items.size()), device), op_.c_str(),
@@ -270,10 +271,18 @@ class CudaPerturbPlan {
           op_.c_str(), shapes_);
   }
 
+  void fold_(uintptr_t core, double decay, Rounding rounding, uintptr_t rng, uintptr_t scratch,
+             uintptr_t stream) const {
+    check(plan_.fold_({item_, pointer<float>(core), decay, rounding, pointer<int64_t>(rng)},
+                      pointer<void>(scratch), {1, device_, pointer<void>(stream)}),
+          op_.c_str(), shapes_);
+  }
+
  private:
+  LowRank item_;  // the first
   std::string op_, shapes_;
   int device_;
-  cuda::PerturbPlan plan_;
+  cuda::LowRankPlan plan_;
 };
 
 void bind_cuda(py::module_ m) {
@@ -298,23 +307,16 @@ void bind_cuda(py::module_ m) {
         check(cuda::normal_({out, pointer<int64_t>(rng), stream}, launch), "normal_", shape(out));
       },
       NoGil(), py::kw_only(), py::arg("out"), py::arg("rng"), py::arg("stream"), py::arg("launch"));
-  py::class_<CudaPerturbPlan>(m, "PerturbPlan")
+  py::class_<CudaLowRankPlan>(m, "LowRankPlan")
       .def(py::init<std::string, const std::vector<LowRank>&, int>(), py::kw_only(), py::arg("op"),
            py::arg("items"), py::arg("device"))
-      .def("scratch_bytes", &CudaPerturbPlan::scratch_bytes, py::arg("queries"))
-      .def("perturb_", &CudaPerturbPlan::perturb_, NoGil(), py::kw_only(), py::arg("coeff"),
+      .def("scratch_bytes", &CudaLowRankPlan::scratch_bytes, py::arg("queries"))
+      .def("perturb_", &CudaLowRankPlan::perturb_, NoGil(), py::kw_only(), py::arg("coeff"),
            py::arg("queries"), py::arg("rng"), py::arg("rounding"), py::arg("scratch"),
+           py::arg("stream"))
+      .def("fold_", &CudaLowRankPlan::fold_, NoGil(), py::kw_only(), py::arg("core"),
+           py::arg("decay"), py::arg("rounding"), py::arg("rng"), py::arg("scratch"),
            py::arg("stream"));
-  m.def(
-      "fold_",
-      [](const LowRank& item, uintptr_t core, double decay, Rounding rounding, uintptr_t rng,
-         const Launch& launch) {
-        check(cuda::fold_({item, pointer<float>(core), decay, rounding, pointer<int64_t>(rng)},
-                          launch),
-              "fold_", shapes(item));
-      },
-      NoGil(), py::kw_only(), py::arg("item"), py::arg("core"), py::arg("decay"),
-      py::arg("rounding"), py::arg("rng"), py::arg("launch"));
   m.def(
       "perturb_dense_",
       [](const std::vector<Dense>& items, const Queries& queries, Rounding rounding,

@@ -185,20 +185,22 @@ namespace cuda {
 
 class UpdatePlan;
 
-// perturb_ and perturb_many_: the matrices are sorted into launches once, and perturbed as often as
-// wanted. Ranks up to 256.
-class PerturbPlan {
+// perturb_, perturb_many_ and fold_: the matrices are sorted into launches once, and updated as
+// often as wanted. Ranks up to 256.
+class LowRankPlan {
  public:
-  PerturbPlan();
-  ~PerturbPlan();
-  PerturbPlan(const PerturbPlan&) = delete;
-  PerturbPlan& operator=(const PerturbPlan&) = delete;
+  LowRankPlan();
+  ~LowRankPlan();
+  LowRankPlan(const LowRankPlan&) = delete;
+  LowRankPlan& operator=(const LowRankPlan&) = delete;
 
   Status prepare(const LowRank* items, int64_t count, int device);
-  // Of device memory that perturb_ needs for its own; none for most.
+  // Of device memory that an update by `queries` queries needs for its own; by a given core: 0.
   int64_t scratch_bytes(int64_t queries) const;
   Status perturb_(const Queries& queries, Rounding rounding, void* scratch,
                   const Launch& launch) const;
+  // `args` without its item, which is the plan's only one.
+  Status fold_(const Fold& args, void* scratch, const Launch& launch) const;
 
  private:
   UpdatePlan* plan_;
@@ -206,7 +208,6 @@ class PerturbPlan {
 
 Status philox4x32(const Philox4x32& args, const Launch& launch);
 Status normal_(const Normal& args, const Launch& launch);
-Status fold_(const Fold& args, const Launch& launch);
 Status perturb_dense_(const PerturbDense& args, const Launch& launch);
 Status core_noise_(const CoreNoise& args, const Launch& launch);
 Status add_noise_(const AddNoise& args, const Launch& launch);

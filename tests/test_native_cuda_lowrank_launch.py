@@ -170,11 +170,4 @@ def test_more_elements_than_an_int32_counts(columns):
 def test_an_error_names_the_op_and_the_shapes():
     w, u, v = case(8, 8, 2, "fp32")
     with pytest.raises(RuntimeError, match=r"fold_: .*, on w \(1, 64\), u \(8, 2\), v \(8, 2\)"):
-        native.cuda.fold_(
-            item=cuda.args.low_rank(w, u, v, 0),
-            core=0,
-            decay=1.0,
-            rounding=native.Rounding.nearest,
-            rng=0,
-            launch=native.cuda.Launch(device=99, stream=0),
-        )
+        native.cuda.LowRankPlan(op="fold_", items=[cuda.args.low_rank(w, u, v, 0)], device=99)

@@ -2,10 +2,7 @@
 
 namespace subzero::cuda {
 
-Status fold_(const Fold& args, const Launch& launch) {
-  UpdatePlan plan;
-  const Status status = plan.prepare(&args.item, 1, launch.device);
-  if (!status.ok) return status;
+Status LowRankPlan::fold_(const Fold& args, void* scratch, const Launch& launch) const {
   UpdateCall call{};
   call.cores = args.core;
   call.rng = args.rng;
@@ -13,7 +10,7 @@ Status fold_(const Fold& args, const Launch& launch) {
   if (args.item.w.dtype == Dtype::float32)
     call.decay_rest = static_cast<float>(args.decay - static_cast<double>(call.decay));
   call.stochastic = args.rounding == Rounding::stochastic;
-  return plan.run(call, nullptr, static_cast<cudaStream_t>(launch.stream));
+  return plan_->run(call, scratch, static_cast<cudaStream_t>(launch.stream));
 }
 
 }  // namespace subzero::cuda

@@ -1,10 +1,7 @@
-// The bases of an update: tiles of V in shared memory, rows of U in registers.
+// The bases of an update as operands of the tensor cores: V in its columns' order, rows of U.
 #pragma once
 
-#include <type_traits>
-
-#include "lowrank_update.cuh"
-#include "mma.cuh"
+#include "lowrank_traits.cuh"
 
 namespace subzero::cuda {
 
@@ -15,106 +12,108 @@ __device__ __forceinline__ void load_some(const T* from, int count, float (&out)
   for (int i = 0; i < kCount; ++i) out[i] = i < count ? to_float(from[i]) : 0.0f;
 }
 
-// V^T for one tile of columns of W, in shared memory: a row of kPitch 16-bit numbers for each
-// column, kParts times where it takes several to hold V. Columns are in the order in which
-// fragments want them (Traits::place), and what lies outside of V is zero. Rows are an odd number
-// of 16 bytes apart, so eight of them lie in different banks.
+// V^T for a warp's columns, as operands B that stay with their thread: n-block j, step of 16 ranks.
+// What lies outside of V is zero.
 template <class Traits>
-class BasisTile {
+class Right {
+  using W = typename Traits::W;
   using B = typename Traits::B;
-  // A thread takes the same 8 numbers of every kApart-th column.
-  static constexpr int kPiecesOfRow = Traits::kRank / 8;
-  static constexpr int kApart = Traits::kThreads / kPiecesOfRow;
-  static constexpr int kEach = (Traits::kTileColumns + kApart - 1) / kApart;
-  static_assert(Traits::kThreads % kPiecesOfRow == 0, "threads take parts of several rows");
+  static constexpr int kRun = Traits::kRun;
+  static constexpr int kCount = 4 * Traits::kGroups;  // n-blocks
 
  public:
-  __device__ BasisTile(const UpdateItem& item, int64_t column, int columns)
-      : item_(item), columns_(columns) {
+  // `column` is the warp's first; `room` is shared memory, where registers are too few.
+  __device__ __forceinline__ Right(const UpdateItem& item, int64_t column, void* room)
+      : room_(static_cast<uint2*>(room) + threadIdx.x) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const int size = Traits::kWide && item.v_wide ? 4 : 2;
     const auto address = reinterpret_cast<uintptr_t>(item.v);
-    whole_pieces_ = item.rank % 8 == 0 && item.v_stride * size % 16 == 0 && address % 16 == 0;
-    offset_ = (column + first_column()) * item.v_stride + at();
-  }
-
-  // Starts to fetch the tile `first` columns into the chunk; put() ends it.
-  __device__ __forceinline__ void fetch(int first, uint16_t* tile) {
+    const bool whole = item.rank % kRun == 0 && item.v_stride * size % (kRun * 2) == 0 &&
+                       address % (kRun * size < 16 ? 8 : 16) == 0;
+    // The lane's column of n-block j (lowrank_traits.cuh).
+    column += lane / 8 * Traits::kVec + lane / 4 % 2;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int c = first_column() + i * kApart;
-      if (Traits::kTileColumns % kApart != 0 && c >= Traits::kTileColumns) break;
-      const bool real = first + c < columns_ && at() < item_.rank;
-      const int64_t offset = offset_ + (first + i * kApart) * item_.v_stride;
-      if constexpr (Traits::kWide) {
-        const int count = real ? min(8, item_.rank - at()) : 0;
-        if (item_.v_wide)
-          fetch_wide(static_cast<const float*>(item_.v) + offset, count, held_[i]);
-        else
-          load_some(static_cast<const typename Traits::W*>(item_.v) + offset, count, held_[i]);
-      } else {
-        const B* const from = static_cast<const B*>(item_.v) + offset;
-        uint16_t* const to = tile + row_of(i) * Traits::kPitch + at();
-        if (whole_pieces_) {
-          copy_async(shared_address(to), real ? from : item_.v, real);
-        } else {
-          const int count = real ? item_.rank - at() : 0;
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t mine = column + j / Traits::kBlocks * Traits::kSpan + j % Traits::kBlocks * 2;
 #pragma unroll
-          for (int j = 0; j < 8; ++j) to[j] = j < count ? from[j].bits : uint16_t{0};
-        }
+      for (int step = 0; step < Traits::kSteps; step += Traits::kSteps2) {
+        const int first = 16 * step + lane % 4 * kRun;
+        const int count = mine < item.columns ? item.rank - first : 0;
+        load(item, mine * item.v_stride + first, count, whole, j, step);
       }
     }
   }
 
-  __device__ __forceinline__ void put(uint16_t* tile) {
-    if constexpr (Traits::kWide) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (Traits::kTileColumns % kApart != 0 &&
-            first_column() + i * kApart >= Traits::kTileColumns)
-          break;
-        uint32_t part[4][Traits::kV];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) split(held_[i][2 * j], held_[i][2 * j + 1], part[j]);
-#pragma unroll
-        for (int p = 0; p < Traits::kV; ++p)
-          *reinterpret_cast<uint4*>(tile + p * Traits::kPartNumbers + row_of(i) * Traits::kPitch +
-                                    at()) =
-              make_uint4(part[0][p], part[1][p], part[2][p], part[3][p]);
-      }
+  __device__ __forceinline__ void get(int v, int j, int step, uint32_t& b0, uint32_t& b1) const {
+    const int at = (v * kCount + j) * Traits::kSteps + step;
+    if constexpr (Traits::kRightShared) {
+      const uint2 pair = room_[at * Traits::kThreads];
+      b0 = pair.x, b1 = pair.y;
+    } else {
+      b0 = word_[2 * at], b1 = word_[2 * at + 1];
     }
   }
 
  private:
-  static __device__ __forceinline__ int at() {
-    return static_cast<int>(threadIdx.x) % kPiecesOfRow * 8;
-  }
-  static __device__ __forceinline__ int first_column() {
-    return static_cast<int>(threadIdx.x) / kPiecesOfRow;
-  }
-  // The row of the tile for column first_column() + i kApart. `place` moves bits of a column to
-  // other positions, so it is a sum over the bits, which do not overlap for a power of two.
-  static __device__ __forceinline__ int row_of(int i) {
-    if constexpr ((kApart & (kApart - 1)) == 0)
-      return Traits::place(first_column()) + Traits::place(i * kApart);
-    return Traits::place(first_column() + i * kApart);
+  __device__ __forceinline__ void put(int v, int j, int step, uint32_t b0, uint32_t b1) {
+    const int at = (v * kCount + j) * Traits::kSteps + step;
+    if constexpr (Traits::kRightShared)
+      room_[at * Traits::kThreads] = make_uint2(b0, b1);
+    else
+      word_[2 * at] = b0, word_[2 * at + 1] = b1;
   }
 
-  __device__ __forceinline__ void fetch_wide(const float* from, int count, float (&out)[8]) {
-    if (!whole_pieces_) return load_some(from, count, out);
-    float4 low{}, high{};
-    if (count > 0) {
-      low = reinterpret_cast<const float4*>(from)[0];
-      high = reinterpret_cast<const float4*>(from)[1];
+  // kRun numbers at `offset`, of which `count` exist: those of kRun / 4 steps.
+  __device__ __forceinline__ void load(const UpdateItem& item, int64_t offset, int count,
+                                       bool whole, int j, int step) {
+    if constexpr (Traits::kWide) {
+      float number[kRun] = {};
+      if (!item.v_wide) {
+        load_some(static_cast<const W*>(item.v) + offset, count, number);
+      } else {
+        const float* const from = static_cast<const float*>(item.v) + offset;
+        if (!whole) {
+          load_some(from, count, number);
+        } else if (count > 0) {
+#pragma unroll
+          for (int i = 0; i < kRun; i += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(from + i);
+            number[i] = four.x, number[i + 1] = four.y, number[i + 2] = four.z;
+            number[i + 3] = four.w;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4) {
+        uint32_t low[Traits::kV], high[Traits::kV];
+        split(number[i], number[i + 1], low);
+        split(number[i + 2], number[i + 3], high);
+#pragma unroll
+        for (int v = 0; v < Traits::kV; ++v) put(v, j, step + i / 4, low[v], high[v]);
+      }
+    } else {
+      const B* const from = static_cast<const B*>(item.v) + offset;
+      uint32_t pair[4] = {};
+      if (!whole) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i)
+          if (i < count) pair[i / 2] |= static_cast<uint32_t>(from[i].bits) << 16 * (i % 2);
+      } else if (count > 0) {
+        if constexpr (kRun == 8) {
+          const uint4 run = *reinterpret_cast<const uint4*>(from);
+          pair[0] = run.x, pair[1] = run.y, pair[2] = run.z, pair[3] = run.w;
+        } else {
+          const uint2 run = *reinterpret_cast<const uint2*>(from);
+          pair[0] = run.x, pair[1] = run.y;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4) put(0, j, step + i / 4, pair[i / 2], pair[i / 2 + 1]);
     }
-    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
-    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
   }
 
-  const UpdateItem& item_;
-  int64_t offset_;  // of this thread's first 8 numbers in V
-  int columns_;
-  bool whole_pieces_;
-  float held_[Traits::kWide ? kEach : 1][8];
+  uint2* room_;
+  uint32_t word_[Traits::kRightShared ? 1 : Traits::kRightWords];
 };
 
 // Rows q and q + 8 of a warp's 16 rows of U, two neighbouring numbers at a time: what a register of

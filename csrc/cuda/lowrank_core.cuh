@@ -1,8 +1,7 @@
 // The core C of an update: made from noise, or read, and put into shared memory as operand B.
 #pragma once
 
-#include "lowrank_update.cuh"
-#include "mma.cuh"
+#include "lowrank_traits.cuh"
 
 namespace subzero::cuda {
 
@@ -22,14 +21,16 @@ __device__ __forceinline__ Normals core_quad(const UpdateItem& item, const Updat
   return sum;
 }
 
-// One element of C, in parts, at row k and column n of what is staged.
+// One element of C, in parts, at row k and column n of what is staged, columns in the order of
+// operands.
 template <class Traits>
 __device__ __forceinline__ void put_core(float value, int k, int n, uint16_t* out) {
   uint32_t part[Traits::kC];
   split(value, 0.0f, part);
 #pragma unroll
   for (int p = 0; p < Traits::kC; ++p)
-    out[(p * Traits::kCoreRows + k) * Traits::kCorePitch + n] = static_cast<uint16_t>(part[p]);
+    out[(p * Traits::kCoreRows + k) * Traits::kCorePitch + Traits::place(n)] =
+        static_cast<uint16_t>(part[p]);
 }
 
 // Rows first .. first + kCoreRows and columns column .. column + kPanel of C, in parts; zero

@@ -4,38 +4,47 @@
 #include <tuple>
 
 #include "lowrank_kernel.cuh"
+#include "lowrank_left.cuh"
 
 namespace subzero::cuda {
 namespace {
 
-// Measured on an H100 before W came through shared memory, share of the in-place-add bandwidth: two
-// warps beside each other (rows of 256 bytes) against eight below each other, OPT-13B at rank 64 in
-// bf16 0.84 against 0.79, OPT-1.3B at rank 24 1.01 against 0.94; for fp32 and at rank 128 eight are
-// as good or better (0.78 against 0.85 at rank 24).
 template <class W, class B, int kRank>
 struct Choice {
   static constexpr bool kSame = sizeof(W) == sizeof(B);
-  static constexpr bool kTwo = kRank <= (!kSame ? 32 : sizeof(W) == 2 ? 128 : 64);
-  static constexpr int kAcross = kSame && sizeof(W) == 2 && kRank <= 64 ? 2 : 1;
-  // Bytes of a row of a warp's tile: a cache line, but where V in parts takes too much room.
-  static constexpr int kBytes = !kSame && kRank >= 128 ? 64 : 128;
-  static constexpr int kStages = kSame && kRank == 256 ? 2 : 3;
-  using Type = Shape<8 / kAcross, kAcross, kBytes / sizeof(W), kTwo ? 2 : 1, kStages>;
+  // Words of V in a thread for a span of 16-bit W; half of that for fp32.
+  static constexpr int kWords = (kSame ? 1 : 2) * 4 * (kRank / 16) * 2;
+  static constexpr int kSpans = sizeof(W) == 4 ? 2 : kWords <= 32 ? 2 : 1;
+  static constexpr int kMine = kWords * (sizeof(W) == 4 ? 2 : kSpans);
+  static constexpr bool kShared = kMine > 128;
+  using Type = Shape<(kShared ? 2 : 8), kSpans, (kMine <= 64 ? 2 : 1), 3>;
+};
+template <class B, int kRank>
+struct Choice<float, B, kRank> {
+  // Two parts of V; three at rank 16.
+  static constexpr int kWords = (kRank == 16 ? 3 : 2) * 4 * (kRank / 16) * 2;
+  using Type = Shape<(kWords > 128 ? 2 : 8), 2, (kWords <= 64 ? 2 : 1), 3>;
 };
 template <class W, class B, int kRank>
 using Chosen = typename Choice<W, B, kRank>::Type;
 
-// kFew: worth a kernel of its own for short lists.
+// kFew: worth kernels of their own for short lists.
 template <class T, Access kAccess, bool kFew>
 UpdateKernel kernel() {
   using Few = std::conditional_t<kFew, FewItems, ManyItems>;
-  return {kFew ? reinterpret_cast<const void*>(&lowrank_update_kernel<T, kAccess, Few>) : nullptr,
+  const auto few = [](auto* kernel) {
+    return kFew ? reinterpret_cast<const void*>(kernel) : nullptr;
+  };
+  return {few(&lowrank_update_kernel<T, kAccess, Few>),
           reinterpret_cast<const void*>(&lowrank_update_kernel<T, kAccess, ManyItems>),
-          T::kThreads,
-          T::kTileRows,
-          T::kTileColumns,
+          few(&lowrank_left_kernel<T, Few>),
+          reinterpret_cast<const void*>(&lowrank_left_kernel<T, ManyItems>),
+          T::kWarps,
+          T::kColumns,
           T::kResident,
-          T::kBasisBytes + (kAccess == Access::elements ? 0 : T::kWeightBytes)};
+          T::kRightBytes + (kAccess == Access::elements ? 0 : T::kWeightBytes),
+          T::kP,
+          T::kHalf};
 }
 
 template <class W, class B, int kRank, class Shape>
@@ -52,24 +61,20 @@ UpdateKernel kernel(Access access) {
 // Every shape, for benchmarks/tune_perturb.py: SUBZERO_TUNE_SHAPE is a number of this list.
 template <class W, int kRank, int kNumber = 0>
 UpdateKernel tuned(Access access, int number) {
-  constexpr auto none = LoadHint::none, fetch256 = LoadHint::fetch256;
-  constexpr auto keep = StoreHint::none, streaming = StoreHint::streaming;
-  constexpr int kLine = 128 / sizeof(W), kTwo = Choice<W, W, kRank>::kTwo ? 2 : 1;
-  constexpr int kMost = Chosen<W, W, kRank>::kStages;
-  using Shapes = std::tuple<Chosen<W, W, kRank>,                                          // 0
-                            Shape<8, 1, kLine, kTwo, kMost>,                              // 1
-                            Shape<8, 1, kLine, kTwo, 2>,                                  // 2
-                            Shape<8, 1, kLine, kTwo, kMost, none, streaming>,             // 3
-                            Shape<8, 1, kLine, kTwo, kMost, fetch256>,                    // 4
-                            Shape<8, 1, kLine, kTwo, kMost, none, keep, 4 * kLine>,       // 5
-                            Shape<8, 1, kLine, kTwo, kMost, none, streaming, 4 * kLine>,  // 6
-                            Shape<4, 2, kLine, kTwo, 2>,                                  // 7
-                            Shape<4, 2, kLine, kTwo, 2, none, keep, 4 * kLine>,           // 8
-                            Shape<4, 1, kLine, 2 * kTwo, 2>,                              // 9
-                            Shape<8, 1, 2 * kLine, kTwo, 2>,                              // 10
-                            Shape<12, 1, kLine, 1, 2>,                                    // 11
-                            Shape<16, 1, kLine, 1, 2>,                                    // 12
-                            Shape<8, 1, kLine, kRank <= 32 ? 3 : 1, 2>>;                  // 13
+  using C = Chosen<W, W, kRank>;
+  constexpr int kWarps = C::kWarps, kSpans = C::kSpans, kResident = C::kResident;
+  constexpr int kHalf = sizeof(W) == 4 ? 2 : 1;
+  constexpr auto none = StoreHint::none, streaming = StoreHint::streaming;
+  using Shapes = std::tuple<C,                                                              // 0
+                            Shape<kWarps, kSpans, kResident, 2>,                            // 1
+                            Shape<kWarps, kSpans, kResident, 4>,                            // 2
+                            Shape<kWarps, kSpans, kResident, 3, streaming>,                 // 3
+                            Shape<kWarps, kSpans, kResident, 3, none, LoadHint::fetch256>,  // 4
+                            Shape<kWarps, kHalf, kResident, 4>,                             // 5
+                            Shape<kWarps, kHalf, kRank <= 64 ? 3 : kResident, 3>,           // 6
+                            Shape<16, kHalf, 1, 4>,                                         // 7
+                            Shape<4, kSpans, 2 * kResident, 3>,                             // 8
+                            Shape<8, kRank <= 64 ? 2 * kHalf : kHalf, 1, 4>>;               // 9
   if (number == kNumber) return kernel<W, W, kRank, std::tuple_element_t<kNumber, Shapes>>(access);
   if constexpr (kNumber + 1 < std::tuple_size_v<Shapes>)
     return tuned<W, kRank, kNumber + 1>(access, number);

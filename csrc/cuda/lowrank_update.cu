@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <tuple>
 #include <utility>
@@ -105,36 +106,82 @@ std::pair<Kind, UpdateItem> describe(const LowRank& in) {
   return {kind, item};
 }
 
-// How many tiles a thread block takes one after another. Many, because each block makes P first,
+// What the device lets a thread block have.
+struct Room {
+  int64_t processors;
+  int64_t block_bytes;      // of shared memory
+  int64_t processor_bytes;  // of all blocks on a multiprocessor
+  int64_t reserved_bytes;   // of these, by each
+
+  // Left for P in a block of this kernel.
+  int64_t of(const UpdateKernel& kernel) const {
+    return std::min(block_bytes, processor_bytes / kernel.resident - reserved_bytes) -
+           kernel.fixed_bytes;
+  }
+};
+
+// Bytes of P for a strip.
+int64_t strip_bytes(const UpdateItem& item, const UpdateKernel& kernel) {
+  return 512 * item.strip + (kernel.scaled ? 4 : 0);
+}
+
+int64_t left_bytes(const UpdateItem& item, const UpdateKernel& kernel) {
+  return ceil_div(ceil_div(item.rows, 16) * strip_bytes(item, kernel), 16) * 16;
+}
+
+// What depends on the kernel: how P is stored, how warps lie.
+void arrange(UpdateItem& item, const UpdateKernel& kernel, const Kind& kind, const Room& room) {
+  item.steps = static_cast<uint8_t>(kind.rank == 16 ? 1 : 2 * ceil_div(item.rank, 32));
+  item.strip = static_cast<uint8_t>(kernel.parts * item.steps);
+  const int64_t most = room.of(kernel) / strip_bytes(item, kernel);
+  while (
+      kernel.warps >> item.across > 1 &&
+      (item.columns > int64_t{kernel.columns} << item.across || kernel.warps >> item.across > most))
+    ++item.across;
+  item.chunks =
+      static_cast<uint32_t>(ceil_div(item.columns, int64_t{kernel.columns} << item.across));
+}
+
+// How many tiles a unit of this item has if others have `tiles`.
+int64_t tiles_of(const UpdateItem& item, const UpdateKernel& kernel, const Room& room,
+                 int64_t tiles) {
+  const int64_t strips = kernel.warps >> item.across;
+  const int64_t most = room.of(kernel) / (strip_bytes(item, kernel) * strips);
+  return std::max<int64_t>(1, std::min({tiles, most, ceil_div(item.rows, 16 * strips)}));
+}
+
+int64_t units_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t tiles) {
+  return ceil_div(item.rows, 16 * (kernel.warps >> item.across) * tiles) * item.chunks;
+}
+
+// How many tiles a thread block takes one after another. Many, because each block reads V first,
 // which takes the time of about one tile; but so few that all multiprocessors end together.
-int64_t tiles_of_block(const UpdateItem* items, int64_t count, const UpdateKernel& kernel,
-                       int64_t resident) {
-  int64_t longest = 1;
-  for (int64_t i = 0; i < count; ++i)
-    longest = std::max(longest, ceil_div(items[i].columns, kernel.tile_columns));
-  constexpr int64_t kMost = 512;
+int64_t best_tiles(const std::vector<UpdateItem>& items, const UpdateKernel& kernel,
+                   const Room& room) {
   constexpr double kStart = 1.0;  // tiles
+  const auto resident = room.processors * kernel.resident;
   int64_t best = 1;
   double best_time = INFINITY;
-  for (int64_t tiles = std::min(longest, kMost); tiles > 0;
-       tiles = std::min(tiles - 1, tiles * 15 / 16)) {
-    int64_t blocks = 0;
+  int64_t most = kMostTiles;
+#if defined(SUBZERO_TUNE)
+  if (const char* const given = std::getenv("SUBZERO_TUNE_TILES")) most = std::atoi(given);
+#endif
+  for (int64_t tiles = most; tiles > 0; --tiles) {
+    int64_t units = 0;
     double work = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t strips = ceil_div(items[i].rows, kernel.tile_rows);
-      const int64_t steps = ceil_div(items[i].columns, kernel.tile_columns);
-      const int64_t chunks = ceil_div(steps, tiles);
-      blocks += strips * chunks;
-      work += static_cast<double>(strips) *
-              (static_cast<double>(steps) + kStart * static_cast<double>(chunks));
+    for (const UpdateItem& item : items) {
+      const int64_t mine = tiles_of(item, kernel, room, tiles);
+      const int64_t count = units_of(item, kernel, mine);
+      units += count;
+      work += static_cast<double>(units_of(item, kernel, 1)) + kStart * static_cast<double>(count);
     }
     // Rounds of resident blocks. The memory is busy with most of them, and when few are left each
     // is faster, up to twice.
-    const double rest = static_cast<double>(blocks % resident) / static_cast<double>(resident);
-    const double least = blocks < resident ? 0.8 : 0.5;
+    const double rest = static_cast<double>(units % resident) / static_cast<double>(resident);
+    const double least = units < resident ? 0.8 : 0.5;
     const double rounds =
-        static_cast<double>(blocks / resident) + (rest > 0 ? std::max(rest, least) : 0.0);
-    const double time = work / static_cast<double>(blocks) * rounds;
+        static_cast<double>(units / resident) + (rest > 0 ? std::max(rest, least) : 0.0);
+    const double time = work / static_cast<double>(units) * rounds;
     if (time < best_time) best_time = time, best = tiles;
   }
   return best;
@@ -142,63 +189,82 @@ int64_t tiles_of_block(const UpdateItem* items, int64_t count, const UpdateKerne
 
 constexpr int64_t kMostScratch = 1 << 20;
 
-// Thread blocks make their own core where that takes each thread a few quads of noise.
-bool own_cores(int rank, int64_t queries) {
-  return rank <= kMostOwnRank && (rank * rank / 4) * queries <= 8 * 256;
-}
-
 template <class Batch>
 std::shared_ptr<const Batch> batch_of(const std::vector<UpdateItem>& items,
-                                      const std::vector<uint32_t>& first) {
+                                      const std::vector<uint32_t>& first_unit,
+                                      const std::vector<uint32_t>& first_block) {
   auto batch = std::make_shared<Batch>();
   std::copy(items.begin(), items.end(), batch->items);
-  std::copy(first.begin(), first.end(), batch->first);
+  std::copy(first_unit.begin(), first_unit.end(), batch->first_unit);
+  std::copy(first_block.begin(), first_block.end(), batch->first_block);
   batch->count = static_cast<int32_t>(items.size());
   return batch;
 }
 
-// A launch from the items at `at` on, which it passes.
-Status next_launch(const Kind& kind, const std::vector<UpdateItem>& all, size_t& at,
-                   int64_t processors, UpdateLaunch& out) {
+// The first `rows` rows of an item, which loses them.
+UpdateItem cut(UpdateItem& item, int64_t rows, const Kind& kind) {
+  UpdateItem top = item;
+  top.rows = rows;
+  item.rows -= rows;
+  item.first += rows * item.columns;
+  item.u = static_cast<const char*>(item.u) +
+           rows * item.u_stride * (item.u_wide ? 4 : size_of(kind.weight));
+  if (item.w_columns == 0)
+    item.w = static_cast<char*>(item.w) + rows * item.w_stride * size_of(kind.weight);
+  return top;
+}
+
+// A launch from the items at `at` on, which it passes; P and the cores within `scratch` bytes.
+Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, const Room& room,
+                   int64_t scratch, UpdateLaunch& out) {
   out.kernel[0] = kernel_of(kind, Rounding::nearest);
   out.kernel[1] = kernel_of(kind, Rounding::stochastic);
   const UpdateKernel& kernel = out.kernel[0];
   std::vector<UpdateItem> items;
-  int64_t basis_bytes = 0;
-  for (; at < all.size() && items.size() < kManyItems; ++at) {
-    UpdateItem item = all[at];
-    const int64_t floats = int64_t{item.rank} * item.rank;
-    basis_bytes += item.rows * item.rank * (item.u_wide ? 4 : 2);
-    if (!items.empty() && (out.core_floats + floats) * 4 > kMostScratch + basis_bytes) break;
+  while (at < all.size() && items.size() < kManyItems) {
+    UpdateItem& next = all[at];
+    arrange(next, kernel, kind, room);
+    const int64_t floats = int64_t{next.rank} * next.rank;
+    const int64_t left = scratch - out.left_bytes - 4 * (out.core_floats + floats);
+    const bool whole = left_bytes(next, kernel) <= left;
+    const int64_t rows = (left - 16) / strip_bytes(next, kernel) * 16;
+    if (!whole && !items.empty()) break;
+    if (!whole && rows < 16) return failure("no room for the scratch of a single strip of rows");
+    UpdateItem item = whole ? next : cut(next, rows, kind);
+    if (whole) ++at;
+    item.left = static_cast<uint32_t>(out.left_bytes / 16);
     item.core = static_cast<uint32_t>(out.core_floats);
+    out.left_bytes += left_bytes(item, kernel);
     out.core_floats += floats;
     out.most_rank = std::max<int>(out.most_rank, item.rank);
     items.push_back(item);
   }
-  const int64_t tiles = tiles_of_block(items.data(), static_cast<int64_t>(items.size()), kernel,
-                                       processors * kernel.resident);
-  std::vector<uint32_t> first;
-  int64_t blocks = 0;
+  const int64_t tiles = best_tiles(items, kernel, room);
+  std::vector<uint32_t> first_unit, first_block;
+  int64_t units = 0, blocks = 0, bytes = 0;
   for (UpdateItem& item : items) {
-    const int64_t steps = ceil_div(item.columns, kernel.tile_columns);
-    const int64_t chunks = ceil_div(steps, tiles);
-    item.chunk = static_cast<uint32_t>(ceil_div(steps, chunks) * kernel.tile_columns);
-    item.chunks = static_cast<uint32_t>(ceil_div(item.columns, item.chunk));
-    first.push_back(static_cast<uint32_t>(blocks));
-    blocks += ceil_div(item.rows, kernel.tile_rows) * item.chunks;
-    if (blocks > INT32_MAX) return failure("too many elements for one launch");
+    const int64_t mine = tiles_of(item, kernel, room, tiles);
+    item.tiles = static_cast<uint16_t>(mine);
+    first_unit.push_back(static_cast<uint32_t>(units));
+    first_block.push_back(static_cast<uint32_t>(blocks));
+    units += units_of(item, kernel, mine);
+    blocks += ceil_div(item.rows, 16 * kLeftWarps);
+    bytes = std::max(bytes, mine * (kernel.warps >> item.across) * strip_bytes(item, kernel));
+    if (units > INT32_MAX) return failure("too many elements for one launch");
   }
+  out.units = static_cast<uint32_t>(units);
   out.blocks = static_cast<uint32_t>(blocks);
   out.count = static_cast<int64_t>(items.size());
+  out.shared_bytes = static_cast<int>(kernel.fixed_bytes + bytes);
   if (kernel.few != nullptr && items.size() <= kFewItems)
-    out.few = batch_of<FewItems>(items, first);
+    out.few = batch_of<FewItems>(items, first_unit, first_block);
   else
-    out.many = batch_of<ManyItems>(items, first);
+    out.many = batch_of<ManyItems>(items, first_unit, first_block);
   for (const UpdateKernel& each : out.kernel) {
-    if (each.shared_bytes <= 48 << 10) continue;
+    if (out.shared_bytes <= 48 << 10) continue;
     const cudaError_t error =
         cudaFuncSetAttribute(out.few ? each.few : each.many,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, each.shared_bytes);
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, out.shared_bytes);
     if (error != cudaSuccess) return status_of(error);
   }
   return Status{};
@@ -209,20 +275,31 @@ Status next_launch(const Kind& kind, const std::vector<UpdateItem>& all, size_t&
 Status UpdatePlan::prepare(const LowRank* items, int64_t count, int device) {
   device_ = device;
   const DeviceGuard guard(device);
-  int processors = 0, generation = 0, driver = 0;
+  int generation = 0, driver = 0, block = 0, processor = 0, reserved = 0;
+  const std::pair<int*, cudaDeviceAttr> attributes[] = {
+      {&processors_, cudaDevAttrMultiProcessorCount},
+      {&generation, cudaDevAttrComputeCapabilityMajor},
+      {&block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+      {&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&reserved, cudaDevAttrReservedSharedMemoryPerBlock},
+  };
   cudaError_t error = guard.error();
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  for (const auto& [value, attribute] : attributes)
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess) return status_of(error);
   overlap_ = generation >= 9 && driver >= 12030;  // older drivers cannot capture it in a graph
+#if defined(SUBZERO_TUNE)
+  if (std::getenv("SUBZERO_TUNE_NO_OVERLAP") != nullptr) overlap_ = false;
+#endif
+  const Room room{processors_, block, processor, reserved};
   std::map<Kind, std::vector<UpdateItem>> kinds;
+  int64_t scratch = kMostScratch;
   for (int64_t i = 0; i < count; ++i) {
     if (items[i].u.columns > kMostRank) return failure("no kernel for a rank above 256");
     const auto [kind, item] = describe(items[i]);
     kinds[kind].push_back(item);
+    scratch += item.rows * item.rank * (item.u_wide ? 4 : size_of(kind.weight));
   }
   for (auto& [kind, list] : kinds) {
     // Large ones first: the multiprocessors end together on the small ones.
@@ -231,17 +308,25 @@ Status UpdatePlan::prepare(const LowRank* items, int64_t count, int device) {
     });
     for (size_t at = 0; at < list.size();) {
       launches_.emplace_back();
-      const Status status = next_launch(kind, list, at, processors, launches_.back());
+      const Status status = next_launch(kind, list, at, room, scratch, launches_.back());
       if (!status.ok) return status;
     }
   }
   return Status{};
 }
 
+bool UpdatePlan::own_cores(const UpdateLaunch& launch, int64_t queries) const {
+  const int64_t quads = int64_t{launch.most_rank} * launch.most_rank / 4 * queries;
+  return launch.most_rank <= kMostOwnRank && quads <= 8 * 32 * kLeftWarps &&
+         (launch.blocks <= 4 * static_cast<uint32_t>(processors_) || quads <= 32 * kLeftWarps);
+}
+
 int64_t UpdatePlan::scratch_bytes(int64_t queries) const {
   int64_t most = 0;
-  for (const UpdateLaunch& launch : launches_)
-    if (!own_cores(launch.most_rank, queries)) most = std::max(most, launch.core_floats * 4);
+  for (const UpdateLaunch& launch : launches_) {
+    const bool made = queries > 0 && !own_cores(launch, queries);
+    most = std::max(most, launch.left_bytes + (made ? launch.core_floats * 4 : 0));
+  }
   return most;
 }
 
@@ -265,11 +350,12 @@ Status UpdatePlan::run(UpdateCall call, void* scratch, cudaStream_t stream) cons
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const Place place{stream, overlap_};
   const float* const given = call.cores;
+  call.left = static_cast<uint4*>(scratch);
   for (const UpdateLaunch& launch : launches_) {
     call.cores = given;
-    call.cores_made = given == nullptr && !own_cores(launch.most_rank, call.queries);
-    if (call.cores_made) {
-      float* const cores = static_cast<float*>(scratch);
+    if (given == nullptr && !own_cores(launch, call.queries)) {
+      float* const cores =
+          reinterpret_cast<float*>(static_cast<unsigned char*>(scratch) + launch.left_bytes);
       const cudaError_t error = make_cores(launch, call, cores, place);
       if (error != cudaSuccess) return status_of(error);
       call.cores = cores;
@@ -277,11 +363,28 @@ Status UpdatePlan::run(UpdateCall call, void* scratch, cudaStream_t stream) cons
     const UpdateKernel& kernel = launch.kernel[call.stochastic ? 1 : 0];
     void* arguments[] = {launch.batch(), &call};
     const cudaError_t error =
-        launch_kernel(launch.few ? kernel.few : kernel.many, dim3(launch.blocks), kernel.threads,
-                      kernel.shared_bytes, arguments, place);
+        launch_kernel(launch.few ? kernel.left_few : kernel.left_many, dim3(launch.blocks),
+                      32 * kLeftWarps, 0, arguments, place);
     if (error != cudaSuccess) return status_of(error);
+    const cudaError_t next =
+        launch_kernel(launch.few ? kernel.few : kernel.many, dim3(launch.units), 32 * kernel.warps,
+                      launch.shared_bytes, arguments, place);
+    if (next != cudaSuccess) return status_of(next);
   }
   return Status{};
+}
+
+LowRankPlan::LowRankPlan() : plan_(new UpdatePlan) {}
+LowRankPlan::~LowRankPlan() {
+  delete plan_;
+}
+
+Status LowRankPlan::prepare(const LowRank* items, int64_t count, int device) {
+  return plan_->prepare(items, count, device);
+}
+
+int64_t LowRankPlan::scratch_bytes(int64_t queries) const {
+  return plan_->scratch_bytes(queries);
 }
 
 }  // namespace subzero::cuda

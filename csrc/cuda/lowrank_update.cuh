@@ -14,8 +14,14 @@ namespace subzero::cuda {
 constexpr int64_t kMostRank = 256;
 // The highest rank at which thread blocks may make their own core from noise.
 constexpr int kMostOwnRank = 64;
+// Strips of 16 rows of P that a thread block makes.
+constexpr int kLeftWarps = 8;
+// Tiles of a band.
+constexpr int kMostTiles = 32;
 
-// One matrix. Thread blocks take strips of rows, cut into chunks of columns.
+struct UpdateCall;
+
+// One matrix, or some of its rows. Thread blocks take bands of rows, cut into chunks of columns.
 struct UpdateItem {
   void* w;
   const void* u;
@@ -26,24 +32,33 @@ struct UpdateItem {
   int64_t w_stride;   // elements from row to row: of (m', n'), or of W itself if w_columns
   int64_t u_stride;
   int64_t v_stride;
+  int64_t first;    // row-major index of the first element in the whole matrix
+  uint32_t left;    // where P begins in UpdateCall::left
+  uint32_t core;    // where its core begins in UpdateCall::cores
+  uint32_t chunks;  // of columns
   uint32_t stream;
   float mu;
-  uint32_t chunk;   // columns of a chunk, a multiple of the tile's
-  uint32_t chunks;  // of a strip
-  uint32_t core;    // where its core begins in UpdateCall::cores, in floats
   uint16_t rank;
+  uint16_t tiles;       // of a band, below each other
+  uint8_t steps;        // of 16 ranks
+  uint8_t across;       // 2^across warps lie beside each other
+  uint8_t strip;        // operands A of a strip: parts times steps
   bool u_wide, v_wide;  // in fp32
+
+  // What P of each strip is to be multiplied by: after P.
+  __device__ float* scales(const UpdateCall& call) const;
 };
 
 // The matrices of one launch, a kernel parameter.
 template <int kMost>
 struct UpdateBatch {
   UpdateItem items[kMost];
-  uint32_t first[kMost];  // thread block of each
+  uint32_t first_unit[kMost];   // thread block of W's kernel
+  uint32_t first_block[kMost];  // of P's
   int32_t count;
 
   // The item that a thread block works on.
-  __device__ int find(uint32_t block) const {
+  __device__ int find(const uint32_t (&first)[kMost], uint32_t block) const {
     int low = 0, high = count;  // first[low] <= block < first[high]
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -65,28 +80,34 @@ struct UpdateCall {
   float decay;
   float decay_rest;  // what fp32 loses of it, for fp32 weights
   bool stochastic;
-  bool cores_made;  // by the launch before
+  uint4* left;  // P of all items, 16 bytes a lane
 };
+
+__device__ __forceinline__ float* UpdateItem::scales(const UpdateCall& call) const {
+  return reinterpret_cast<float*>(call.left + left + (rows + 15) / 16 * (32 * strip));
+}
 
 // Kernel parameters end at 4 KiB where either the compiler or the GPU is older, else at 32,764
 // bytes. The smaller batch is also the faster to launch.
-constexpr int kFewItems = 32;
-constexpr int kManyItems = CUDART_VERSION >= 12010 ? 296 : kFewItems;
+constexpr int kFewItems = 30;
+constexpr int kManyItems = CUDART_VERSION >= 12010 ? 256 : kFewItems;
 using FewItems = UpdateBatch<kFewItems>;
 using ManyItems = UpdateBatch<kManyItems>;
 static_assert(sizeof(FewItems) + sizeof(UpdateCall) <= 4096, "a parameter too large");
 static_assert(sizeof(ManyItems) + sizeof(UpdateCall) <= 32764, "a parameter too large");
 
-// A compiled kernel, for a list of either length (`few` may be null), and the shape of its thread
-// blocks.
+// The compiled kernels, for lists of either length, and the shape of their thread blocks.
 struct UpdateKernel {
-  const void* few;
+  const void* few;  // may be null
   const void* many;
-  int threads;
-  int tile_rows;
-  int tile_columns;
-  int resident;  // thread blocks on a multiprocessor
-  int shared_bytes;
+  const void* left_few;
+  const void* left_many;
+  int warps;
+  int columns;      // of a warp
+  int resident;     // thread blocks on a multiprocessor
+  int fixed_bytes;  // of shared memory, beside P
+  int parts;        // of P
+  bool scaled;      // P comes with a scale for each strip
 };
 
 enum class Access { nearest, stochastic, elements };
@@ -113,7 +134,10 @@ struct UpdateLaunch {
   std::shared_ptr<const FewItems> few;
   std::shared_ptr<const ManyItems> many;  // one of the two
   int64_t count;
-  uint32_t blocks;
+  uint32_t units;       // thread blocks of W's kernel
+  uint32_t blocks;      // of P's
+  int shared_bytes;     // of W's kernel
+  int64_t left_bytes;   // P of all items
   int64_t core_floats;  // of all items
   int most_rank;
 
@@ -125,21 +149,26 @@ struct UpdateLaunch {
 };
 
 // Matrices sorted into launches by dtype, rank and alignment, for calls that repeat. Usually that
-// is one launch; an element's bits depend on its own matrix alone.
+// is one launch, after one for P; an element's bits depend on its own matrix alone.
 class UpdatePlan {
  public:
   Status prepare(const LowRank* items, int64_t count, int device);
 
-  // Bytes of scratch that the cores for `queries` queries take: of one launch, they take turns. 0
-  // where thread blocks make their own. Never more than 1 MiB and the bytes of U together.
+  // Bytes of scratch that P takes, and the cores for `queries` queries (0: they are given) where
+  // thread blocks do not make their own: of one launch, they take turns. Never more than 1 MiB and
+  // the bytes of U together.
   int64_t scratch_bytes(int64_t queries) const;
 
-  // With `call.cores` null C is the noise of perturb_, through `scratch` of scratch_bytes.
+  // With `call.cores` null C is the noise of perturb_.
   Status run(UpdateCall call, void* scratch, cudaStream_t stream) const;
 
  private:
+  // Whether P's thread blocks make their own core: where they are few, or it is little work.
+  bool own_cores(const UpdateLaunch& launch, int64_t queries) const;
+
   std::vector<UpdateLaunch> launches_;
   int device_ = 0;
+  int processors_ = 0;
   bool overlap_ = false;
 };
 

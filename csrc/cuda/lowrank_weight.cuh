@@ -1,8 +1,7 @@
 // A thread's part of W: 16 bytes at a time of two rows, read, updated and written where they lie.
 #pragma once
 
-#include "lowrank_update.cuh"
-#include "storage.cuh"
+#include "lowrank_traits.cuh"
 
 namespace subzero::cuda {
 
@@ -38,58 +37,67 @@ __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
   return x;
 }
 
-// Rows q and q + 8 of a warp's 16, from a thread's first column on, which begin at 16 bytes.
-// `offset` counts columns from there. W comes through shared memory, where a thread has slots of
-// its own: registers would hold fewer bytes under way, and the compiler waits for all loads of a
-// loop where it turns. What lies outside of the matrix is read as zero and not written.
+// Rows q and q + 8 of a warp's 16 and kSpans times 16 bytes of each, which begin at 16 bytes; tile
+// after tile, `step` rows apart. W comes through shared memory, where a thread has slots of its
+// own: registers would hold fewer bytes under way, and the compiler waits for all loads of a loop
+// where it turns. What lies outside of the band is read as zero and not written.
 template <class Traits>
 class WeightRows {
   using W = typename Traits::W;
   static constexpr int kVec = Traits::kVec;
 
  public:
-  __device__ WeightRows(const UpdateItem& item, int64_t row, int64_t column, int columns,
-                        unsigned char* slots)
-      : item_(item), slots_(slots + 16 * threadIdx.x) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      left_[h] = row + 8 * h < item.rows ? columns : 0;
-      first_[h] = (row + 8 * h) * item.columns + column;
-      row_[h] = static_cast<W*>(item.w) + (row + 8 * h) * item.w_stride + column;
-    }
+  // `row` and `column` are the thread's first, `end` is the first row past the band.
+  __device__ __forceinline__ WeightRows(const UpdateItem& item, int64_t row, int64_t end,
+                                        int64_t column, int step, unsigned char* slots)
+      : item_(item), slots_(slots + 16 * threadIdx.x), step_(step) {
+    ahead_ = now_ = static_cast<W*>(item.w) + row * item.w_stride + column;
+    rows_ahead_ = rows_ = static_cast<int>(end - row);
+    columns_ = static_cast<int>(min(item.columns - column, int64_t{Traits::kColumns}));
+    element_ = item.first + row * item.columns + column;
   }
 
-  // Starts to fetch the tile from `first` on.
-  __device__ __forceinline__ void fetch(int first, int stage) const {
+  // Starts to fetch the next tile that has not been fetched.
+  __device__ __forceinline__ void fetch(int stage) {
 #pragma unroll
     for (int s = 0; s < Traits::kSpans; ++s)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int offset = first + s * Traits::kSpan;
-        const bool real = offset < left_[h];
+        const bool real = 8 * h < rows_ahead_ && s * Traits::kSpan < columns_;
+        const W* const from = ahead_ + 8 * h * item_.w_stride + s * Traits::kSpan;
         copy_async<Traits::kLoad == LoadHint::fetch256>(shared_address(slot(stage, s, h)),
-                                                        real ? row_[h] + offset : item_.w, real);
+                                                        real ? from : item_.w, real);
       }
+    ahead_ += step_ * item_.w_stride;
+    rows_ahead_ -= step_;
   }
 
   __device__ __forceinline__ Bytes16 load(int stage, int s, int h) const {
     return *reinterpret_cast<const Bytes16*>(slot(stage, s, h));
   }
 
-  __device__ __forceinline__ void store(int h, int offset, const Bytes16& x) const {
-    if (offset < left_[h]) store16<Traits::kStore>(row_[h] + offset, x);
+  __device__ __forceinline__ void store(int s, int h, const Bytes16& x) const {
+    if (8 * h < rows_ && s * Traits::kSpan < columns_)
+      store16<Traits::kStore>(now_ + 8 * h * item_.w_stride + s * Traits::kSpan, x);
   }
 
   // The words of kVec neighbouring elements, of which the first is a block's first.
-  __device__ __forceinline__ void words(const NoiseSource& source, int h, int offset,
+  __device__ __forceinline__ void words(const NoiseSource& source, int s, int h,
                                         uint32_t (&out)[kVec]) const {
-    const auto block = static_cast<uint64_t>(first_[h] + offset) / 4;
+    const auto block =
+        static_cast<uint64_t>(element_ + 8 * h * item_.columns + s * Traits::kSpan) / 4;
 #pragma unroll
     for (int i = 0; i < kVec; i += 4) {
       const Words words = block_words(source, block + i / 4);
 #pragma unroll
       for (int j = 0; j < 4; ++j) out[i + j] = words.w[j];
     }
+  }
+
+  __device__ __forceinline__ void next() {
+    now_ += step_ * item_.w_stride;
+    element_ += step_ * item_.columns;
+    rows_ -= step_;
   }
 
  private:
@@ -99,9 +107,11 @@ class WeightRows {
 
   const UpdateItem& item_;
   unsigned char* slots_;
-  W* row_[2];
-  int64_t first_[2];  // row-major index in the whole matrix
-  int left_[2];       // columns, none in a row outside of it
+  int step_;
+  W *ahead_, *now_;
+  int64_t element_;        // row-major index in the whole matrix
+  int rows_ahead_, rows_;  // to the band's end
+  int columns_;
 };
 
 // The same for a W of any alignment, whose rows may also be cut where those of (m', n') are not.
@@ -112,24 +122,27 @@ class WeightElements {
   static constexpr int kVec = Traits::kVec;
 
  public:
-  __device__ WeightElements(const UpdateItem& item, int64_t row, int64_t column, int columns,
-                            unsigned char*)
-      : item_(item), row_(row), column_(column), columns_(columns) {}
+  __device__ __forceinline__ WeightElements(const UpdateItem& item, int64_t row, int64_t end,
+                                            int64_t column, int step, unsigned char*)
+      : item_(item), row_(row), end_(end), column_(column), step_(step) {}
 
   // W = decay W + sum for kVec neighbours, the sums `added`.
-  __device__ __forceinline__ void update(int h, int offset, const float (&added)[kVec],
+  __device__ __forceinline__ void update(int tile, int s, int h, const float (&added)[kVec],
                                          const UpdateCall& call, const NoiseSource& source) const {
-    const int count = row_ + 8 * h < item_.rows ? columns_ - offset : 0;
-    if (count <= 0) return;
-    const int64_t element = (row_ + 8 * h) * item_.columns + column_ + offset;
+    const int64_t row = row_ + static_cast<int64_t>(tile) * step_ + 8 * h;
+    const int64_t column = column_ + s * Traits::kSpan;
+    if (row >= end_ || column >= item_.columns) return;
+    const int64_t count = item_.columns - column;
+    const int64_t inside = row * item_.columns + column, element = item_.first + inside;
     W* at = static_cast<W*>(item_.w);
     int64_t left = kVec;  // in this row of W
     if (item_.w_columns == 0) {
-      at += (row_ + 8 * h) * item_.w_stride + column_ + offset;
-    } else {
-      const int64_t row = element / item_.w_columns, column = element % item_.w_columns;
       at += row * item_.w_stride + column;
-      left = item_.w_columns - column;
+    } else {
+      // All rows are counted from W's first: `w` is not moved to a part's first row.
+      const int64_t place = element % item_.w_columns;
+      at += element / item_.w_columns * item_.w_stride + place;
+      left = item_.w_columns - place;
     }
     W* place[kVec];
     W old[kVec];
@@ -167,8 +180,8 @@ class WeightElements {
 
  private:
   const UpdateItem& item_;
-  int64_t row_, column_;
-  int columns_;
+  int64_t row_, end_, column_;
+  int step_;
 };
 
 }  // namespace subzero::cuda

@@ -35,20 +35,7 @@ cudaError_t make_cores(const UpdateLaunch& launch, const UpdateCall& call, float
   return launch_kernel(kernel, blocks, kThreads, 0, arguments, place);
 }
 
-PerturbPlan::PerturbPlan() : plan_(new UpdatePlan) {}
-PerturbPlan::~PerturbPlan() {
-  delete plan_;
-}
-
-Status PerturbPlan::prepare(const LowRank* items, int64_t count, int device) {
-  return plan_->prepare(items, count, device);
-}
-
-int64_t PerturbPlan::scratch_bytes(int64_t queries) const {
-  return plan_->scratch_bytes(queries);
-}
-
-Status PerturbPlan::perturb_(const Queries& queries, Rounding rounding, void* scratch,
+Status LowRankPlan::perturb_(const Queries& queries, Rounding rounding, void* scratch,
                              const Launch& launch) const {
   UpdateCall call{};
   call.coeff = queries.coeff, call.queries = queries.count, call.rng = queries.rng;

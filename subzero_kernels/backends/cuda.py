@@ -61,6 +61,10 @@ def _launch(tensor: Tensor) -> Any:
     return args.require().cuda.Launch(device=tensor.device.index, stream=stream.cuda_stream)
 
 
+def _scratch(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     words = torch.empty_like(counter)
     args.require().cuda.philox4x32(
@@ -94,20 +98,19 @@ class PerturbPlan:
         self._items = [item for item in items if item[1].shape[1] <= high_rank.NATIVE_RANK]
         self._high_rank = [item for item in items if item[1].shape[1] > high_rank.NATIVE_RANK]
         self._device = ws[0].device
-        self._plan = args.require().cuda.PerturbPlan(
+        self._plan = args.require().cuda.LowRankPlan(
             op=op, items=[args.low_rank(*item) for item in self._items], device=self._device.index
         )
 
     def perturb_(self, coeff: Tensor, rng: Tensor, rounding: str = "nearest") -> None:
         queries = coeff.shape[0]
-        size = self._plan.scratch_bytes(queries)
-        scratch = torch.empty(size, dtype=torch.uint8, device=self._device) if size else None
+        scratch = _scratch(self._plan.scratch_bytes(queries), self._device)
         self._plan.perturb_(
             coeff=coeff.data_ptr(),
             queries=queries,
             rng=rng.data_ptr(),
             rounding=args.rounding(rounding),
-            scratch=0 if scratch is None else scratch.data_ptr(),
+            scratch=scratch.data_ptr(),
             stream=torch.cuda.current_stream(self._device).cuda_stream,
         )
         for w, u, v, stream in self._high_rank:
@@ -157,13 +160,16 @@ def fold_(
     if u.shape[1] > high_rank.NATIVE_RANK:
         high_rank.fold_(w, u, v, core, decay=decay, rounding=rounding, rng=rng, stream=stream)
         return
-    args.require().cuda.fold_(
-        item=args.low_rank(w, u, v, stream),
+    plan = args.require().cuda.LowRankPlan(
+        op="fold_", items=[args.low_rank(w, u, v, stream)], device=w.device.index
+    )
+    plan.fold_(
         core=core.data_ptr(),
         decay=decay,
         rounding=args.rounding(rounding),
         rng=0 if rng is None else rng.data_ptr(),
-        launch=_launch(w),
+        scratch=_scratch(plan.scratch_bytes(0), w.device).data_ptr(),
+        stream=torch.cuda.current_stream(w.device).cuda_stream,
     )
 
 

@@ -19,7 +19,11 @@ s=s[:a]+'''template <StoreHint kHint> inline void store16(void* t, const Bytes16
 '''+s[b:]
 open(p,'w').write(s)
 p='lowrank_kernel.cuh'; s=open(p).read()
-s=s.replace('extern __shared__ __align__(16) uint16_t shared[];','uint16_t* const shared = reinterpret_cast<uint16_t*>(emu::memory);')
+s=s.replace('extern __shared__ __align__(16) unsigned char shared[];','unsigned char* const shared = emu::memory;')
+open(p,'w').write(s)
+p='lowrank_left.cuh'; s=open(p).read()
+s=s.replace('__shared__ __align__(16) uint16_t shared[T::kC * T::kCoreRows * T::kCorePitch];','uint16_t* const shared = reinterpret_cast<uint16_t*>(emu::memory); emu::shared_limit = 2 * T::kC * T::kCoreRows * T::kCorePitch;')
+s=s.replace("const __grid_constant__ Batch batch","const Batch& batch").replace("const __grid_constant__ UpdateCall call","const UpdateCall& call")
 open(p,'w').write(s)
 p='lowrank_update.cu'; s=open(p).read()
 a=s.index("  cudaLaunchAttribute overlap{};"); z=s.index("}\n\nStatus UpdatePlan::run(")

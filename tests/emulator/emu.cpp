@@ -1,6 +1,7 @@
 #include "emu.h"
 dim3 threadIdx_, blockIdx_, blockDim_, gridDim_;
 int emu_processors = 3;
+int emu_block_bytes = getenv("EMU_BLOCK_BYTES") ? atoi(getenv("EMU_BLOCK_BYTES")) : 232448;
 namespace emu {
 alignas(16) unsigned char memory[kSharedBytes];
 int shared_limit = 0;
@@ -66,7 +67,7 @@ void launch(dim3 grid, dim3 block, int shared_bytes, const std::function<void()>
         if (fibers[i].done) --left;
       }
     }
-    for (int i = shared_bytes; i < kSharedBytes; ++i) if (memory[i] != 0xff) { fprintf(stderr, "shared memory overrun at %d of %d\n", i, shared_bytes); abort(); }
+    for (int i = shared_limit; i < kSharedBytes; ++i) if (memory[i] != 0xff) { fprintf(stderr, "shared memory overrun at %d of %d\n", i, shared_bytes); abort(); }
   }
 }
 }

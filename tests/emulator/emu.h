@@ -19,6 +19,8 @@
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct dim3 { unsigned x, y, z; dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
@@ -26,13 +28,14 @@ using std::min; using std::max;
 inline int64_t min(int64_t a, long long b) { return a < b ? a : b; }
 typedef int cudaError_t; typedef void* cudaStream_t;
 enum { cudaSuccess = 0 };
-enum { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97, cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrReservedSharedMemoryPerBlock = 111 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 #define CUDART_VERSION 13000
 inline cudaError_t cudaGetDevice(int* d) { *d = 0; return 0; }
 inline cudaError_t cudaSetDevice(int) { return 0; }
 extern int emu_processors;
-inline cudaError_t cudaDeviceGetAttribute(int* v, int, int) { *v = emu_processors; return 0; }
+extern int emu_block_bytes;
+inline cudaError_t cudaDeviceGetAttribute(int* v, int a, int) { *v = a == 16 ? emu_processors : a == 75 ? 9 : a == 97 ? emu_block_bytes : a == 81 ? emu_block_bytes + 1024 : 1024; return 0; }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return 0; }
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(int) { return ""; }
@@ -60,7 +63,6 @@ inline cudaError_t emu_launch(const void* kernel, dim3 blocks, int threads, int 
   return 0;
 }
 inline cudaError_t cudaDriverGetVersion(int* v) { *v = 13000; return 0; }
-enum { cudaDevAttrComputeCapabilityMajor = 75 };
 #define __syncthreads() emu::sync_block()
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
   uint64_t all = (uint64_t)b << 32 | a; uint32_t r = 0;

@@ -1,8 +1,9 @@
 // The kernel of W = decay W + P V^T, P = U C made by the kernel before (lowrank_left.cuh). W is
 // read once into the registers where the tensor cores leave P V^T, updated and written from there.
 //
-//   block   a unit: some columns of one W and a band of its rows, tile after tile; P for the band
-//           lies in shared memory
+//   block   a unit: some columns of one W, and every so many-th tile of rows, so that all blocks of
+//           a matrix walk down its rows together, which DRAM likes; P for them lies in shared
+//           memory
 //   warp    kColumns columns, for which V stays in registers, and 16 rows of each tile. Warps lie
 //           beside each other, or, where W is narrow, also below each other
 //   thread  16 bytes of W at a time, which come through shared memory, kStages - 1 tiles ahead
@@ -70,26 +71,25 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   constexpr bool kVector = kAccess != Access::elements;
   extern __shared__ __align__(16) unsigned char shared[];
   unsigned char* const room = shared + (kVector ? T::kWeightBytes : 0);  // of V
-  uint4* const band_left = reinterpret_cast<uint4*>(room + T::kRightBytes);
+  uint4* const left_room = reinterpret_cast<uint4*>(room + T::kRightBytes);
 
   const int place = batch.find(batch.first_unit, blockIdx.x);
   const UpdateItem& item = batch.items[place];
   const uint32_t unit = blockIdx.x - batch.first_unit[place];
-  const uint32_t band = unit / item.chunks, chunk = unit - band * item.chunks;
+  const uint32_t phase = unit / item.chunks, chunk = unit - phase * item.chunks;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int strips = T::kWarps >> item.across;  // below each other in a tile
-  const int64_t first_strip = static_cast<int64_t>(band) * item.tiles * strips;
-  const int64_t left_strips =
-      min(static_cast<int64_t>(item.tiles) * strips, (item.rows + 15) / 16 - first_strip);
-  const int my_strip = warp >> item.across;
-  const int across = warp & ((1 << item.across) - 1);
-  const int64_t column = ((static_cast<int64_t>(chunk) << item.across) + across) * T::kColumns;
+  const int below = 31 - __clz(T::kWarps) - item.across;  // 2^below strips to a tile
+  const int my_strip = warp >> item.across, across = warp & ((1 << item.across) - 1);
+  const int64_t all_strips = (item.rows + 15) / 16, first_strip = int64_t{phase} << below;
+  const int64_t step = int64_t{item.phases} << below;  // strips
+  // Of which this warp's strip is inside.
+  const int tiles = static_cast<int>((all_strips - first_strip - my_strip + step - 1) / step);
+  const int64_t column = ((int64_t{chunk} << item.across) + across) * T::kColumns;
 
   // What comes from memory and does not depend on P is under way while P is made.
   using Weight = std::conditional_t<kVector, WeightRows<T>, WeightElements<T>>;
-  Weight w(item, (first_strip + my_strip) * 16 + lane / 4,
-           min((first_strip + left_strips) * 16, item.rows), column + lane % 4 * T::kVec,
-           16 * strips, shared);
+  Weight w(item, 16 * (first_strip + my_strip) + lane / 4, column + lane % 4 * T::kVec, 16 * step,
+           tiles, shared);
   if constexpr (kVector)
     for (int stage = 0; stage < T::kStages - 1; ++stage) {
       w.fetch(stage);
@@ -103,23 +103,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   wait_for_launch_before();
   allow_launch_after();
   const int steps = item.steps, size = T::kP * steps * 32;  // of a strip
-  {
-    const int count = static_cast<int>(left_strips) * size;
-    const uint4* const from = call.left + item.left + first_strip * size;
+  float* const unscale = reinterpret_cast<float*>(left_room + (item.tiles << below) * size);
+  for (int i = warp; i < item.tiles << below; i += T::kWarps) {
+    const int64_t strip = first_strip + (i >> below) * step + (i & ((1 << below) - 1));
+    if (strip >= all_strips) break;
+    const uint4* const from = call.left + item.left + strip * size;
 #pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += T::kThreads) band_left[i] = from[i];
+    for (int j = lane; j < size; j += 32) left_room[i * size + j] = from[j];
+    if (T::kHalf && lane == 0) unscale[i] = item.scales(call)[strip];
   }
-  float* const unscale = reinterpret_cast<float*>(band_left + item.tiles * strips * size);
-  if (T::kHalf && static_cast<int>(threadIdx.x) < left_strips)
-    unscale[threadIdx.x] = item.scales(call)[first_strip + threadIdx.x];
   __syncthreads();
   if (column >= item.columns) return;
 
-  const int tiles = (static_cast<int>(left_strips) - my_strip + strips - 1) / strips;
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
-    const int strip = tile * strips + my_strip;
-    const uint4* const left = band_left + strip * size + lane;
+    const int strip = (tile << below) + my_strip;
+    const uint4* const left = left_room + strip * size + lane;
     const float scale = T::kHalf ? unscale[strip] : 1.0f;
     if constexpr (kVector) {
       wait_for_copies<T::kStages - 2>();

@@ -65,16 +65,19 @@ UpdateKernel tuned(Access access, int number) {
   constexpr int kWarps = C::kWarps, kSpans = C::kSpans, kResident = C::kResident;
   constexpr int kHalf = sizeof(W) == 4 ? 2 : 1;
   constexpr auto none = StoreHint::none, streaming = StoreHint::streaming;
-  using Shapes = std::tuple<C,                                                              // 0
-                            Shape<kWarps, kSpans, kResident, 2>,                            // 1
-                            Shape<kWarps, kSpans, kResident, 4>,                            // 2
-                            Shape<kWarps, kSpans, kResident, 3, streaming>,                 // 3
-                            Shape<kWarps, kSpans, kResident, 3, none, LoadHint::fetch256>,  // 4
-                            Shape<kWarps, kHalf, kResident, 4>,                             // 5
-                            Shape<kWarps, kHalf, kRank <= 64 ? 3 : kResident, 3>,           // 6
-                            Shape<16, kHalf, 1, 4>,                                         // 7
-                            Shape<4, kSpans, 2 * kResident, 3>,                             // 8
-                            Shape<8, kRank <= 64 ? 2 * kHalf : kHalf, 1, 4>>;               // 9
+  constexpr auto wide = LoadHint::fetch256;
+  using Shapes = std::tuple<C,                                                     // 0
+                            Shape<kWarps, kSpans, kResident, 2>,                   // 1
+                            Shape<kWarps, kSpans, kResident, 4>,                   // 2
+                            Shape<kWarps, kSpans, kResident, 3, none, wide>,       // 3
+                            Shape<kWarps, kSpans, kResident, 3, streaming>,        // 4
+                            Shape<kWarps, kSpans, 1, 3>,                           // 5
+                            Shape<kWarps, kSpans, 1, 4>,                           // 6
+                            Shape<kWarps, kSpans, 1, 6>,                           // 7
+                            Shape<kWarps, kSpans, 1, 4, none, wide>,               // 8
+                            Shape<kWarps, kRank <= 64 ? 2 * kHalf : kHalf, 1, 4>,  // 9
+                            Shape<16, kHalf, 1, 3>,                                // 10
+                            Shape<4, kSpans, 2 * kResident, 3>>;                   // 11
   if (number == kNumber) return kernel<W, W, kRank, std::tuple_element_t<kNumber, Shapes>>(access);
   if constexpr (kNumber + 1 < std::tuple_size_v<Shapes>)
     return tuned<W, kRank, kNumber + 1>(access, number);

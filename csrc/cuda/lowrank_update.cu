@@ -150,8 +150,12 @@ int64_t tiles_of(const UpdateItem& item, const UpdateKernel& kernel, const Room&
   return std::max<int64_t>(1, std::min({tiles, most, ceil_div(item.rows, 16 * strips)}));
 }
 
+int64_t phases_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t tiles) {
+  return ceil_div(item.rows, 16 * (kernel.warps >> item.across) * tiles);
+}
+
 int64_t units_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t tiles) {
-  return ceil_div(item.rows, 16 * (kernel.warps >> item.across) * tiles) * item.chunks;
+  return phases_of(item, kernel, tiles) * item.chunks;
 }
 
 // How many tiles a thread block takes one after another. Many, because each block reads V first,
@@ -243,11 +247,13 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
   std::vector<uint32_t> first_unit, first_block;
   int64_t units = 0, blocks = 0, bytes = 0;
   for (UpdateItem& item : items) {
-    const int64_t mine = tiles_of(item, kernel, room, tiles);
+    const int64_t phases = phases_of(item, kernel, tiles_of(item, kernel, room, tiles));
+    const int64_t mine = phases_of(item, kernel, phases);  // tiles, of the first phase
+    item.phases = static_cast<uint32_t>(phases);
     item.tiles = static_cast<uint16_t>(mine);
     first_unit.push_back(static_cast<uint32_t>(units));
     first_block.push_back(static_cast<uint32_t>(blocks));
-    units += units_of(item, kernel, mine);
+    units += phases * item.chunks;
     blocks += ceil_div(item.rows, 16 * kLeftWarps);
     bytes = std::max(bytes, mine * (kernel.warps >> item.across) * strip_bytes(item, kernel));
     if (units > INT32_MAX) return failure("too many elements for one launch");
@@ -261,10 +267,10 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
   else
     out.many = batch_of<ManyItems>(items, first_unit, first_block);
   for (const UpdateKernel& each : out.kernel) {
-    if (out.shared_bytes <= 48 << 10) continue;
-    const cudaError_t error =
-        cudaFuncSetAttribute(out.few ? each.few : each.many,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, out.shared_bytes);
+    // All that there is: other launches of the same kernel may need more than this one.
+    const cudaError_t error = cudaFuncSetAttribute(out.few ? each.few : each.many,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(room.block_bytes));
     if (error != cudaSuccess) return status_of(error);
   }
   return Status{};

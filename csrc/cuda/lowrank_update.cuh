@@ -16,12 +16,13 @@ constexpr int64_t kMostRank = 256;
 constexpr int kMostOwnRank = 64;
 // Strips of 16 rows of P that a thread block makes.
 constexpr int kLeftWarps = 8;
-// Tiles of a band.
+// Tiles of rows to a block.
 constexpr int kMostTiles = 32;
 
 struct UpdateCall;
 
-// One matrix, or some of its rows. Thread blocks take bands of rows, cut into chunks of columns.
+// One matrix, or some of its rows. Thread blocks take chunks of columns and, of their tiles of
+// rows, every so many-th.
 struct UpdateItem {
   void* w;
   const void* u;
@@ -36,6 +37,7 @@ struct UpdateItem {
   uint32_t left;    // where P begins in UpdateCall::left
   uint32_t core;    // where its core begins in UpdateCall::cores
   uint32_t chunks;  // of columns
+  uint32_t phases;  // of tiles of rows
   uint32_t stream;
   float mu;
   uint16_t rank;
@@ -90,7 +92,7 @@ __device__ __forceinline__ float* UpdateItem::scales(const UpdateCall& call) con
 // Kernel parameters end at 4 KiB where either the compiler or the GPU is older, else at 32,764
 // bytes. The smaller batch is also the faster to launch.
 constexpr int kFewItems = 30;
-constexpr int kManyItems = CUDART_VERSION >= 12010 ? 256 : kFewItems;
+constexpr int kManyItems = CUDART_VERSION >= 12010 ? 252 : kFewItems;
 using FewItems = UpdateBatch<kFewItems>;
 using ManyItems = UpdateBatch<kManyItems>;
 static_assert(sizeof(FewItems) + sizeof(UpdateCall) <= 4096, "a parameter too large");

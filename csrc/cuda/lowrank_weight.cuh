@@ -40,36 +40,41 @@ __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
 // Rows q and q + 8 of a warp's 16 and kSpans times 16 bytes of each, which begin at 16 bytes; tile
 // after tile, `step` rows apart. W comes through shared memory, where a thread has slots of its
 // own: registers would hold fewer bytes under way, and the compiler waits for all loads of a loop
-// where it turns. What lies outside of the band is read as zero and not written.
+// where it turns. What lies outside of the matrix is read as zero and not written.
 template <class Traits>
 class WeightRows {
   using W = typename Traits::W;
   static constexpr int kVec = Traits::kVec;
 
  public:
-  // `row` and `column` are the thread's first, `end` is the first row past the band.
-  __device__ __forceinline__ WeightRows(const UpdateItem& item, int64_t row, int64_t end,
-                                        int64_t column, int step, unsigned char* slots)
-      : item_(item), slots_(slots + 16 * threadIdx.x), step_(step) {
+  // `row` and `column` are the thread's first.
+  __device__ __forceinline__ WeightRows(const UpdateItem& item, int64_t row, int64_t column,
+                                        int64_t step, int tiles, unsigned char* slots)
+      : item_(item),
+        slots_(slots + 16 * threadIdx.x),
+        step_(step),
+        ahead_tiles_(tiles),
+        tiles_(tiles) {
     ahead_ = now_ = static_cast<W*>(item.w) + row * item.w_stride + column;
-    rows_ahead_ = rows_ = static_cast<int>(end - row);
+    last_rows_ = static_cast<int>(min(item.rows - row - (tiles - 1) * step, int64_t{16}));
     columns_ = static_cast<int>(min(item.columns - column, int64_t{Traits::kColumns}));
     element_ = item.first + row * item.columns + column;
   }
 
   // Starts to fetch the next tile that has not been fetched.
   __device__ __forceinline__ void fetch(int stage) {
+    const int rows = rows_of(ahead_tiles_);
 #pragma unroll
     for (int s = 0; s < Traits::kSpans; ++s)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const bool real = 8 * h < rows_ahead_ && s * Traits::kSpan < columns_;
+        const bool real = 8 * h < rows && s * Traits::kSpan < columns_;
         const W* const from = ahead_ + 8 * h * item_.w_stride + s * Traits::kSpan;
         copy_async<Traits::kLoad == LoadHint::fetch256>(shared_address(slot(stage, s, h)),
                                                         real ? from : item_.w, real);
       }
     ahead_ += step_ * item_.w_stride;
-    rows_ahead_ -= step_;
+    --ahead_tiles_;
   }
 
   __device__ __forceinline__ Bytes16 load(int stage, int s, int h) const {
@@ -77,7 +82,7 @@ class WeightRows {
   }
 
   __device__ __forceinline__ void store(int s, int h, const Bytes16& x) const {
-    if (8 * h < rows_ && s * Traits::kSpan < columns_)
+    if (8 * h < rows_of(tiles_) && s * Traits::kSpan < columns_)
       store16<Traits::kStore>(now_ + 8 * h * item_.w_stride + s * Traits::kSpan, x);
   }
 
@@ -97,7 +102,7 @@ class WeightRows {
   __device__ __forceinline__ void next() {
     now_ += step_ * item_.w_stride;
     element_ += step_ * item_.columns;
-    rows_ -= step_;
+    --tiles_;
   }
 
  private:
@@ -105,13 +110,17 @@ class WeightRows {
     return slots_ + ((stage * Traits::kSpans + s) * 2 + h) * 16 * Traits::kThreads;
   }
 
+  // From this thread's first on, with so many tiles to go.
+  __device__ __forceinline__ int rows_of(int tiles) const {
+    return tiles > 1 ? 16 : tiles == 1 ? last_rows_ : 0;
+  }
+
   const UpdateItem& item_;
   unsigned char* slots_;
-  int step_;
+  int64_t step_;
   W *ahead_, *now_;
-  int64_t element_;        // row-major index in the whole matrix
-  int rows_ahead_, rows_;  // to the band's end
-  int columns_;
+  int64_t element_;  // row-major index in the whole matrix
+  int ahead_tiles_, tiles_, last_rows_, columns_;
 };
 
 // The same for a W of any alignment, whose rows may also be cut where those of (m', n') are not.
@@ -122,16 +131,16 @@ class WeightElements {
   static constexpr int kVec = Traits::kVec;
 
  public:
-  __device__ __forceinline__ WeightElements(const UpdateItem& item, int64_t row, int64_t end,
-                                            int64_t column, int step, unsigned char*)
-      : item_(item), row_(row), end_(end), column_(column), step_(step) {}
+  __device__ __forceinline__ WeightElements(const UpdateItem& item, int64_t row, int64_t column,
+                                            int64_t step, int, unsigned char*)
+      : item_(item), row_(row), column_(column), step_(step) {}
 
   // W = decay W + sum for kVec neighbours, the sums `added`.
   __device__ __forceinline__ void update(int tile, int s, int h, const float (&added)[kVec],
                                          const UpdateCall& call, const NoiseSource& source) const {
-    const int64_t row = row_ + static_cast<int64_t>(tile) * step_ + 8 * h;
+    const int64_t row = row_ + tile * step_ + 8 * h;
     const int64_t column = column_ + s * Traits::kSpan;
-    if (row >= end_ || column >= item_.columns) return;
+    if (row >= item_.rows || column >= item_.columns) return;
     const int64_t count = item_.columns - column;
     const int64_t inside = row * item_.columns + column, element = item_.first + inside;
     W* at = static_cast<W*>(item_.w);
@@ -180,8 +189,7 @@ class WeightElements {
 
  private:
   const UpdateItem& item_;
-  int64_t row_, end_, column_;
-  int step_;
+  int64_t row_, column_, step_;
 };
 
 }  // namespace subzero::cuda

@@ -22,7 +22,7 @@ from gpu_bench import MODELS, Shape, interleaved_us, machine, opt_13b_lora
 import subzero_kernels as sk
 from subzero_kernels.backends import cuda
 
-SHAPES = 12
+SHAPES = 7
 VARIABLE = "SUBZERO_TUNE_SHAPE"
 
 

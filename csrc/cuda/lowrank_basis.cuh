@@ -12,6 +12,36 @@ __device__ __forceinline__ void load_some(const T* from, int count, float (&out)
   for (int i = 0; i < kCount; ++i) out[i] = i < count ? to_float(from[i]) : 0.0f;
 }
 
+template <int kCount>
+__device__ __forceinline__ void load_fours(const float* from, float (&out)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
+    out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+  }
+}
+
+// kRun 16-bit numbers, two to a word; in one access where they are `whole`.
+template <int kRun, class T>
+__device__ __forceinline__ void load_pairs16(const T* from, int count, bool whole,
+                                             uint32_t (&out)[kRun / 2]) {
+#pragma unroll
+  for (int i = 0; i < kRun / 2; ++i) out[i] = 0u;
+  if (!whole) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (i < count) out[i / 2] |= static_cast<uint32_t>(from[i].bits) << 16 * (i % 2);
+  } else if (count > 0) {
+    if constexpr (kRun == 8) {
+      const uint4 run = *reinterpret_cast<const uint4*>(from);
+      out[0] = run.x, out[1] = run.y, out[2] = run.z, out[3] = run.w;
+    } else {
+      const uint2 run = *reinterpret_cast<const uint2*>(from);
+      out[0] = run.x, out[1] = run.y;
+    }
+  }
+}
+
 // V^T for a warp's columns, as operands B that stay with their thread: n-block j, step of 16 ranks.
 // What lies outside of V is zero.
 template <class Traits>
@@ -72,16 +102,10 @@ class Right {
         load_some(static_cast<const W*>(item.v) + offset, count, number);
       } else {
         const float* const from = static_cast<const float*>(item.v) + offset;
-        if (!whole) {
+        if (!whole)
           load_some(from, count, number);
-        } else if (count > 0) {
-#pragma unroll
-          for (int i = 0; i < kRun; i += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + i);
-            number[i] = four.x, number[i + 1] = four.y, number[i + 2] = four.z;
-            number[i + 3] = four.w;
-          }
-        }
+        else if (count > 0)
+          load_fours(from, number);
       }
 #pragma unroll
       for (int i = 0; i < kRun; i += 4) {
@@ -92,21 +116,8 @@ class Right {
         for (int v = 0; v < Traits::kV; ++v) put(v, j, step + i / 4, low[v], high[v]);
       }
     } else {
-      const B* const from = static_cast<const B*>(item.v) + offset;
-      uint32_t pair[4] = {};
-      if (!whole) {
-#pragma unroll
-        for (int i = 0; i < kRun; ++i)
-          if (i < count) pair[i / 2] |= static_cast<uint32_t>(from[i].bits) << 16 * (i % 2);
-      } else if (count > 0) {
-        if constexpr (kRun == 8) {
-          const uint4 run = *reinterpret_cast<const uint4*>(from);
-          pair[0] = run.x, pair[1] = run.y, pair[2] = run.z, pair[3] = run.w;
-        } else {
-          const uint2 run = *reinterpret_cast<const uint2*>(from);
-          pair[0] = run.x, pair[1] = run.y;
-        }
-      }
+      uint32_t pair[kRun / 2];
+      load_pairs16<kRun>(static_cast<const B*>(item.v) + offset, count, whole, pair);
 #pragma unroll
       for (int i = 0; i < kRun; i += 4) put(0, j, step + i / 4, pair[i / 2], pair[i / 2 + 1]);
     }
@@ -116,19 +127,21 @@ class Right {
   uint32_t word_[Traits::kRightShared ? 1 : Traits::kRightWords];
 };
 
-// Rows q and q + 8 of a warp's 16 rows of U, two neighbouring numbers at a time: what a register of
-// fragment A holds of them. What lies outside of U is zero.
+// Rows q and q + 8 of a warp's 16 rows of U, kRun neighbours at a time: what a lane's operands A of
+// kRun / 4 steps hold of them. What lies outside of U is zero.
 template <class Traits>
 class BasisRows {
   using W = typename Traits::W;
+  static constexpr int kRun = Traits::kRun;
 
  public:
   using Pair = std::conditional_t<Traits::kWide, float2, uint32_t>;
 
-  __device__ BasisRows(const UpdateItem& item, int64_t row) : item_(item) {
-    const bool wide = Traits::kWide && item.u_wide;
+  __device__ __forceinline__ BasisRows(const UpdateItem& item, int64_t row) : item_(item) {
+    const int size = Traits::kWide && item.u_wide ? 4 : 2;
     const auto address = reinterpret_cast<uintptr_t>(item.u);
-    whole_pairs_ = item.rank % 2 == 0 && item.u_stride % 2 == 0 && address % (wide ? 8 : 4) == 0;
+    whole_ = item.rank % kRun == 0 && item.u_stride * size % (kRun * 2) == 0 &&
+             address % (kRun * size < 16 ? 8 : 16) == 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rank_[h] = row + 8 * h < item.rows ? item.rank : 0;
@@ -136,26 +149,25 @@ class BasisRows {
     }
   }
 
-  __device__ __forceinline__ Pair load(int h, int column) const {
-    const int count = rank_[h] - column;  // that exist; one of two only where they are not whole
+  // Row q or q + 8 (h), columns from `column` on.
+  __device__ __forceinline__ void load(int h, int column, Pair (&out)[kRun / 2]) const {
+    const int count = rank_[h] - column;
     const int64_t offset = offset_[h] + column;
     if constexpr (Traits::kWide) {
-      float pair[2] = {};
+      float number[kRun] = {};
       if (!item_.u_wide) {
-        load_some(static_cast<const W*>(item_.u) + offset, count, pair);
+        load_some(static_cast<const W*>(item_.u) + offset, count, number);
       } else {
         const float* const from = static_cast<const float*>(item_.u) + offset;
-        if (!whole_pairs_)
-          load_some(from, count, pair);
+        if (!whole_)
+          load_some(from, count, number);
         else if (count > 0)
-          return *reinterpret_cast<const float2*>(from);
+          load_fours(from, number);
       }
-      return make_float2(pair[0], pair[1]);
+#pragma unroll
+      for (int i = 0; i < kRun / 2; ++i) out[i] = make_float2(number[2 * i], number[2 * i + 1]);
     } else {
-      const W* const from = static_cast<const W*>(item_.u) + offset;
-      if (whole_pairs_) return count > 0 ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-      const uint32_t low = count > 0 ? from[0].bits : 0u, high = count > 1 ? from[1].bits : 0u;
-      return high << 16 | low;
+      load_pairs16<kRun>(static_cast<const W*>(item_.u) + offset, count, whole_, out);
     }
   }
 
@@ -170,11 +182,21 @@ class BasisRows {
     }
   }
 
+  // The larger size of a pair's numbers.
+  static __device__ __forceinline__ float size(const Pair& pair) {
+    if constexpr (Traits::kWide) {
+      return fmaxf(fabsf(pair.x), fabsf(pair.y));
+    } else {
+      const float2 numbers = unpack(W{}, pair);
+      return fmaxf(fabsf(numbers.x), fabsf(numbers.y));
+    }
+  }
+
  private:
   const UpdateItem& item_;
   int64_t offset_[2];
   int rank_[2];  // 0 for a row outside of U
-  bool whole_pairs_;
+  bool whole_;
 };
 
 }  // namespace subzero::cuda

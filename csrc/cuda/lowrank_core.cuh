@@ -5,31 +5,59 @@
 
 namespace subzero::cuda {
 
-// mu sum_k coeff[k] z_(draw + k) for four neighbouring elements of C.
-__device__ __forceinline__ Normals core_quad(const UpdateItem& item, const UpdateCall& call,
-                                             uint32_t quad) {
-  Normals sum{};
+// mu sum_k coeff[k] z_(draw + k) for four neighbouring elements of C; several at once, since each
+// takes long.
+template <int kCount>
+__device__ __forceinline__ void core_quads(const UpdateItem& item, const UpdateCall& call,
+                                           const uint32_t (&quad)[kCount], Normals (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = Normals{};
   for (int64_t k = 0; k < call.queries; ++k) {
     const float coeff = call.coeff[k];
     if (coeff == 0.0f) continue;
-    const Normals z = block_normals(noise_source(call.rng, item.stream, k), quad);
+    const NoiseSource source = noise_source(call.rng, item.stream, k);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum.z[j] = fma_(coeff, z.z[j], sum.z[j]);
+    for (int i = 0; i < kCount; ++i) {
+      const Normals z = block_normals(source, quad[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i].z[j] = fma_(coeff, z.z[j], sum[i].z[j]);
+    }
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j) sum.z[j] *= item.mu;
-  return sum;
+  for (int i = 0; i < kCount; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[i].z[j] *= item.mu;
 }
 
-// One element of C, in parts, at row k and column n of what is staged, columns in the order of
-// operands.
+// No number of C is larger.
+template <class Traits>
+__device__ __forceinline__ float bound_of_core(const UpdateItem& item, const UpdateCall& call) {
+  constexpr float kMostNormal = 7.0f;  // the square root of -2 ln 2^-33 is 6.8
+  float most = 0.0f;
+  if (call.cores == nullptr) {
+    for (int64_t k = 0; k < call.queries; ++k) most += fabsf(call.coeff[k]);
+    return most * kMostNormal * item.mu;
+  }
+  __shared__ float of_warp[Traits::kThreads / 32];
+  const float* const core = call.cores + item.core;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < item.rank * item.rank; i += Traits::kThreads)
+    most = fmaxf(most, fabsf(core[i]));
+  of_warp[threadIdx.x / 32] = largest_of(most);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Traits::kThreads / 32; ++i) most = fmaxf(most, of_warp[i]);
+  return most;
+}
+
+// One element of C, in parts, at row k and column n of what is staged, in the order of operands.
 template <class Traits>
 __device__ __forceinline__ void put_core(float value, int k, int n, uint16_t* out) {
   uint32_t part[Traits::kC];
   split(value, 0.0f, part);
 #pragma unroll
   for (int p = 0; p < Traits::kC; ++p)
-    out[(p * Traits::kCoreRows + k) * Traits::kCorePitch + Traits::place(n)] =
+    out[(p * Traits::kCoreRows + Traits::place(k)) * Traits::kCorePitch + Traits::place(n)] =
         static_cast<uint16_t>(part[p]);
 }
 
@@ -40,31 +68,40 @@ __device__ __forceinline__ void stage_core(const UpdateItem& item, const UpdateC
                                            int first, int column, uint16_t* out) {
   constexpr int kCount = Traits::kCoreRows * Traits::kPanel;
   const int rank = item.rank, thread = static_cast<int>(threadIdx.x);
-  if (!Traits::kMakesCores || call.cores != nullptr) {
-    const float* const core = call.cores + item.core;
+  const float* const core = call.cores == nullptr ? nullptr : call.cores + item.core;
+  const int rows = min(rank - first, Traits::kCoreRows);
+  const int columns = min(rank - column, Traits::kPanel);
+  if (core != nullptr || rows < Traits::kCoreRows || columns < Traits::kPanel) {
+#pragma unroll 4
     for (int i = thread; i < kCount; i += Traits::kThreads) {
       const int k = i / Traits::kPanel, n = i % Traits::kPanel;
-      const bool real = first + k < rank && column + n < rank;
+      const bool real = core != nullptr && k < rows && n < columns;
       put_core<Traits>(real ? core[(first + k) * rank + column + n] : 0.0f, k, n, out);
     }
-    return;
+    if (core != nullptr) return;
+    __syncthreads();
   }
-  if constexpr (Traits::kMakesCores) {
-    if (rank < Traits::kPanel) {
-      for (int i = thread; i < kCount; i += Traits::kThreads)
-        put_core<Traits>(0.0f, i / Traits::kPanel, i % Traits::kPanel, out);
-      __syncthreads();
-    }
-    const int begin = first * rank, end = min(first + Traits::kCoreRows, rank) * rank;
-    for (int quad = begin / 4 + thread; 4 * quad < end; quad += Traits::kThreads) {
-      const Normals value = core_quad(item, call, static_cast<uint32_t>(quad));
-      int k = 4 * quad / rank, n = 4 * quad % rank;
+  // Four neighbours in a row-major C come from one block of the generator. Where the rank is no
+  // multiple of four, some of the first and the last to a row belong to other rows or panels.
+  const int quads = Traits::kPanel / 4 + (rank % 4 != 0 ? 1 : 0);
+  constexpr int kAtOnce = kCount / 4 > Traits::kThreads ? kCount / 4 / Traits::kThreads : 1;
+  for (int i = thread; i < rows * quads; i += kAtOnce * Traits::kThreads) {
+    uint32_t quad[kAtOnce];
+    Normals value[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (4 * quad + j >= begin && 4 * quad + j < end)
-          put_core<Traits>(value.z[j], k - first, n, out);
-        if (++n == rank) n = 0, ++k;
-      }
+    for (int a = 0; a < kAtOnce; ++a) {
+      const int at = i + a * Traits::kThreads;
+      quad[a] = static_cast<uint32_t>(((first + at / quads) * rank + column) / 4 + at % quads);
+    }
+    core_quads(item, call, quad, value);
+#pragma unroll
+    for (int a = 0; a < kAtOnce; ++a) {
+      const int k = (i + a * Traits::kThreads) / quads;
+      const int n = static_cast<int>(4 * quad[a]) - (first + k) * rank - column;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (k < rows && n + j >= 0 && n + j < columns)
+          put_core<Traits>(value[a].z[j], k, n + j, out);
     }
   }
 }

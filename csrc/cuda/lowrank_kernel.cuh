@@ -1,14 +1,12 @@
-// The kernel of W = decay W + P V^T, P = U C made by the kernel before (lowrank_left.cuh). W is
-// read once into the registers where the tensor cores leave P V^T, updated and written from there.
+// The kernel of W = decay W + P V^T, P = U C made by the kernel before (lowrank_left.cuh). W passes
+// once through the chip: a tile comes to shared memory, from there to the registers where the
+// tensor cores leave P V^T, and back.
 //
 //   block   a unit: some columns of one W, and every so many-th tile of rows, so that all blocks of
-//           a matrix walk down its rows together, which DRAM likes; P for them lies in shared
-//           memory
-//   warp    kColumns columns, for which V stays in registers, and 16 rows of each tile. Warps lie
-//           beside each other, or, where W is narrow, also below each other
-//   thread  16 bytes of W at a time, which come through shared memory, kStages - 1 tiles ahead
-//
-// After P has come warps do not wait for each other.
+//           a matrix walk down its rows together, which DRAM likes
+//   tile    rows of W and what P has for them, fetched kStages - 1 tiles ahead
+//   warp    kColumns columns, for which V stays in registers, and a strip of 16 rows of each tile.
+//           Warps lie beside each other or, where W is narrow, also below each other
 #pragma once
 
 #include "lowrank_basis.cuh"
@@ -65,13 +63,14 @@ __device__ __forceinline__ void gather(float (&added)[T::kVec], const float (&su
 }
 
 template <class T, Access kAccess, class Batch>
-__global__ void __launch_bounds__(T::kThreads, T::kResident)
+__global__ void __launch_bounds__(T::kThreads, kAccess == Access::elements ? 1 : T::kResident)
     lowrank_update_kernel(const __grid_constant__ Batch batch,
                           const __grid_constant__ UpdateCall call) {
   constexpr bool kVector = kAccess != Access::elements;
+  constexpr bool kStochastic = kAccess == Access::stochastic;
   extern __shared__ __align__(16) unsigned char shared[];
-  unsigned char* const room = shared + (kVector ? T::kWeightBytes : 0);  // of V
-  uint4* const left_room = reinterpret_cast<uint4*>(room + T::kRightBytes);
+  unsigned char* const right_room = shared + (kVector ? T::kWeightBytes : 0);
+  uint4* const left_room = reinterpret_cast<uint4*>(right_room + T::kRightBytes);
 
   const int place = batch.find(batch.first_unit, blockIdx.x);
   const UpdateItem& item = batch.items[place];
@@ -79,84 +78,95 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   const uint32_t phase = unit / item.chunks, chunk = unit - phase * item.chunks;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int below = 31 - __clz(T::kWarps) - item.across;  // 2^below strips to a tile
-  const int my_strip = warp >> item.across, across = warp & ((1 << item.across) - 1);
-  const int64_t all_strips = (item.rows + 15) / 16, first_strip = int64_t{phase} << below;
-  const int64_t step = int64_t{item.phases} << below;  // strips
-  // Of which this warp's strip is inside.
-  const int tiles = static_cast<int>((all_strips - first_strip - my_strip + step - 1) / step);
-  const int64_t column = ((int64_t{chunk} << item.across) + across) * T::kColumns;
+  const int64_t first_strip = int64_t{phase} << below, step = int64_t{item.phases} << below;
+  const int64_t strips = (item.rows + 15) / 16 - first_strip;
+  const int tiles = static_cast<int>((strips + step - 1) / step);
+  const int64_t first_column = static_cast<int64_t>(chunk) * (T::kColumns << item.across);
+  // This thread's fragments.
+  const int strip = warp >> item.across, across = warp & ((1 << item.across) - 1);
+  const int64_t row = 16 * (first_strip + strip) + lane / 4;
+  const int64_t column = first_column + across * T::kColumns + lane % 4 * T::kVec;
 
   // What comes from memory and does not depend on P is under way while P is made.
-  using Weight = std::conditional_t<kVector, WeightRows<T>, WeightElements<T>>;
-  Weight w(item, 16 * (first_strip + my_strip) + lane / 4, column + lane % 4 * T::kVec, 16 * step,
-           tiles, shared);
+  using Weight = std::conditional_t<kVector, WeightTiles<T>, WeightElements<T>>;
+  Weight w = [&] {
+    if constexpr (kVector)
+      return Weight(item, 16 * first_strip, first_column, below, 16 * step, tiles, shared);
+    else
+      return Weight(item, row, column, 16 * step);
+  }();
   if constexpr (kVector)
-    for (int stage = 0; stage < T::kStages - 1; ++stage) {
-      w.fetch(stage);
-      end_copies();
-    }
-  const Right<T> right(item, column, room);
-  NoiseSource words{};
-  if (kAccess == Access::stochastic || (kAccess == Access::elements && call.stochastic))
-    words = noise_source(call.rng, rounding_stream(item.stream));
+    for (int stage = 0; stage < T::kStages - 1; ++stage) w.fetch(stage);
+  const Right<T> right(item, column - lane % 4 * T::kVec, right_room);
+  NoiseSource source{};
+  if (kStochastic || (!kVector && call.stochastic))
+    source = noise_source(call.rng, rounding_stream(item.stream));
+  using Words = std::conditional_t<kStochastic, FragmentWords<T>, NoiseSource>;
+  Words words = [&] {
+    if constexpr (kStochastic)
+      return Words(source, item.first + row * item.columns + column, item.columns,
+                   16 * step * item.columns);
+    else
+      return source;
+  }();
 
   wait_for_launch_before();
   allow_launch_after();
-  const int steps = item.steps, size = T::kP * steps * 32;  // of a strip
-  float* const unscale = reinterpret_cast<float*>(left_room + (item.tiles << below) * size);
-  for (int i = warp; i < item.tiles << below; i += T::kWarps) {
-    const int64_t strip = first_strip + (i >> below) * step + (i & ((1 << below) - 1));
-    if (strip >= all_strips) break;
-    const uint4* const from = call.left + item.left + strip * size;
-#pragma unroll 4
-    for (int j = lane; j < size; j += 32) left_room[i * size + j] = from[j];
-    if (T::kHalf && lane == 0) unscale[i] = item.scales(call)[strip];
-  }
-  __syncthreads();
-  if (column >= item.columns) return;
+  const int steps = item.steps, size = T::kP * steps * 32 + T::kHalf;  // of a strip of P
+  const uint4* from = call.left + item.left + first_strip * size;
+  int64_t left_strips = strips;
+  const auto fetch_left = [&](int stage) {
+    const int count =
+        static_cast<int>(min(max(left_strips, int64_t{0}), int64_t{1} << below)) * size;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += T::kThreads)
+      copy_async(shared_address(left_room + stage * (size << below) + i), from + i, true);
+    end_copies();
+    from += step * size;
+    left_strips -= step;
+  };
+  for (int stage = 0; stage < T::kStages - 1; ++stage) fetch_left(stage);
 
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
-    const int strip = (tile << below) + my_strip;
-    const uint4* const left = left_room + strip * size + lane;
-    const float scale = T::kHalf ? unscale[strip] : 1.0f;
-    if constexpr (kVector) {
-      wait_for_copies<T::kStages - 2>();
-      // Into the stage of the tile before, which this thread has read.
-      w.fetch(stage == 0 ? T::kStages - 1 : stage - 1);
-      end_copies();
+    wait_for_copies<T::kStages - 2>();
+    __syncthreads();
+    // Into the stage of the tile before, of which this thread has written its part.
+    const int before = stage == 0 ? T::kStages - 1 : stage - 1;
+    if constexpr (kVector) w.fetch(before);
+    fetch_left(before);
+    const uint4* const left = left_room + stage * (size << below) + strip * size;
+    if (column - lane % 4 * T::kVec < item.columns) {
+      const float scale = T::kHalf ? bits_float(left[size - 1].x) : 1.0f;
 #pragma unroll
       for (int group = 0; group < T::kGroups; ++group) {
         float sum[4][4];
-        multiply<T>(sum, right, group, left, steps);
+        multiply<T>(sum, right, group, left + lane, steps);
+        if constexpr (kVector) {
 #pragma unroll
-        for (int part = 0; part < T::kPartsOfGroup; ++part) {
-          const int s = group * T::kPartsOfGroup / 2 + part / 2, h = part % 2;
-          float added[T::kVec];
-          gather<T>(added, sum, part, scale);
-          uint32_t word[T::kVec];
-          if constexpr (kAccess == Access::stochastic) w.words(words, s, h, word);
-          w.store(s, h,
-                  updated<typename T::W>(w.load(stage, s, h), added, call,
-                                         kAccess == Access::stochastic ? word : nullptr));
-        }
-      }
-      w.next();
-      stage = stage == T::kStages - 1 ? 0 : stage + 1;
-    } else {
-#pragma unroll
-      for (int group = 0; group < T::kGroups; ++group) {
-        float sum[4][4];
-        multiply<T>(sum, right, group, left, steps);
+          for (int part = 0; part < T::kPartsOfGroup; ++part) {
+            const int s = group * T::kPartsOfGroup / 2 + part / 2, h = part % 2;
+            float added[T::kVec];
+            gather<T>(added, sum, part, scale);
+            uint32_t word[T::kVec];
+            if constexpr (kStochastic) words.get(s, h, word);
+            Bytes16& x = w.at(stage, s, h);
+            x = updated<typename T::W>(x, added, call, kStochastic ? word : nullptr);
+          }
+        } else {
 #pragma unroll 1
-        for (int part = 0; part < T::kPartsOfGroup; ++part) {
-          float added[T::kVec];
-          gather<T>(added, sum, part, scale);
-          const int s = group * T::kPartsOfGroup / 2 + part / 2;
-          w.update(tile, s, part % 2, added, call, words);
+          for (int part = 0; part < T::kPartsOfGroup; ++part) {
+            float added[T::kVec];
+            gather<T>(added, sum, part, scale);
+            const int s = group * T::kPartsOfGroup / 2 + part / 2;
+            w.update(tile, s, part % 2, added, call, words);
+          }
         }
       }
     }
+    __syncthreads();
+    if constexpr (kVector) w.store(stage);
+    if constexpr (kStochastic) words.next();
+    stage = stage == T::kStages - 1 ? 0 : stage + 1;
   }
 }
 

@@ -42,6 +42,7 @@ UpdateKernel kernel() {
           T::kWarps,
           T::kColumns,
           T::kResident,
+          T::kStages,
           T::kRightBytes + (kAccess == Access::elements ? 0 : T::kWeightBytes),
           T::kP,
           T::kHalf};
@@ -64,20 +65,14 @@ UpdateKernel tuned(Access access, int number) {
   using C = Chosen<W, W, kRank>;
   constexpr int kWarps = C::kWarps, kSpans = C::kSpans, kResident = C::kResident;
   constexpr int kHalf = sizeof(W) == 4 ? 2 : 1;
-  constexpr auto none = StoreHint::none, streaming = StoreHint::streaming;
-  constexpr auto wide = LoadHint::fetch256;
-  using Shapes = std::tuple<C,                                                     // 0
-                            Shape<kWarps, kSpans, kResident, 2>,                   // 1
-                            Shape<kWarps, kSpans, kResident, 4>,                   // 2
-                            Shape<kWarps, kSpans, kResident, 3, none, wide>,       // 3
-                            Shape<kWarps, kSpans, kResident, 3, streaming>,        // 4
-                            Shape<kWarps, kSpans, 1, 3>,                           // 5
-                            Shape<kWarps, kSpans, 1, 4>,                           // 6
-                            Shape<kWarps, kSpans, 1, 6>,                           // 7
-                            Shape<kWarps, kSpans, 1, 4, none, wide>,               // 8
-                            Shape<kWarps, kRank <= 64 ? 2 * kHalf : kHalf, 1, 4>,  // 9
-                            Shape<16, kHalf, 1, 3>,                                // 10
-                            Shape<4, kSpans, 2 * kResident, 3>>;                   // 11
+  constexpr auto streaming = StoreHint::streaming;
+  using Shapes = std::tuple<C,                                               // 0
+                            Shape<kWarps, kSpans, kResident, 2>,             // 1
+                            Shape<kWarps, kSpans, kResident, 4>,             // 2
+                            Shape<kWarps, kSpans, kResident, 3, streaming>,  // 3
+                            Shape<kWarps, kSpans, 1, 4>,                     // 4
+                            Shape<4, kSpans, 2 * kResident, 3>,              // 5
+                            Shape<16, kHalf, 1, 3>>;                         // 6
   if (number == kNumber) return kernel<W, W, kRank, std::tuple_element_t<kNumber, Shapes>>(access);
   if constexpr (kNumber + 1 < std::tuple_size_v<Shapes>)
     return tuned<W, kRank, kNumber + 1>(access, number);

@@ -1,5 +1,10 @@
 // The kernel of P = U C, rows of which the kernel of W multiplies with V^T. It leaves P as operands
 // A: for each strip of 16 rows, part and step of 16 ranks, 16 bytes a lane.
+//
+//   block   one panel of columns of P, and rows of one matrix, 16 to a warp at a time
+//
+// It is little work, but the kernel of W waits for it: many blocks, and few steps one after
+// another.
 #pragma once
 
 #include "lowrank_basis.cuh"
@@ -12,134 +17,114 @@ namespace subzero::cuda {
 template <class Traits>
 struct LeftTraits : Traits {
   static constexpr int kThreads = 32 * kLeftWarps;
-  static constexpr int kPanel = Traits::kRank < 64 ? Traits::kRank : 64;
-  static constexpr int kCoreRows = kPanel;
+  static constexpr int kPanel = Traits::kRank < kLeftPanel ? Traits::kRank : kLeftPanel;
+  static constexpr int kPanelSteps = kPanel / 16;
+  static constexpr int kCoreRows = Traits::kRank < 128 ? Traits::kRank : 128;
   static constexpr int kCorePitch = kPanel + 8;
-  static constexpr int kPanels = Traits::kRank / kPanel;
 };
 
-// P of a warp's 16 rows as fragments A, and what its numbers are to be multiplied by.
+// What a warp's 16 rows of U have for kCoreRows rows of C.
 template <class T>
-struct Left {
-  FragmentA part[T::kP][T::kSteps];
-  float unscale;
-};
+using Pairs = typename BasisRows<T>::Pair[T::kCoreRows / 16][4];
 
-// sum = U C for kPanel columns of C from `column`.
 template <class T>
-__device__ __forceinline__ void make_panel(float (&sum)[T::kPanel / 8][4], const BasisRows<T>& rows,
-                                           const UpdateItem& item, const UpdateCall& call,
-                                           int column, uint16_t* shared) {
+__device__ __forceinline__ void load_pairs(Pairs<T>& pair, const BasisRows<T>& rows, int first) {
+  first += static_cast<int>(threadIdx.x) % 4 * T::kRun;
+#pragma unroll
+  for (int step = 0; step < T::kCoreRows / 16; step += T::kSteps2)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      typename BasisRows<T>::Pair run[T::kRun / 2];
+      rows.load(h, first + 16 * step, run);
+#pragma unroll
+      for (int i = 0; i < T::kRun / 2; ++i) pair[step + i / 2][h + i % 2 * 2] = run[i];
+    }
+}
+
+// sum += U C for the rows of C that are staged.
+template <class T>
+__device__ __forceinline__ void multiply_core(float (&sum)[T::kPanel / 8][4], const Pairs<T>& pair,
+                                              const BasisRows<T>& rows, const uint16_t* shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   // Lane 8 i + x: row x of matrix i, of k + 0 or 8 (i % 2) and n + 0 or 8 (i / 2).
   const uint32_t corner = shared_address(shared) + 2 * (lane % 16 * T::kCorePitch + lane / 16 * 8);
 #pragma unroll
-  for (int n = 0; n < T::kPanel / 8; ++n)
+  for (int step = 0; step < T::kCoreRows / 16; ++step) {
+    FragmentA u[T::kU];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[n][i] = 0.0f;
-  for (int first = 0; first < item.rank; first += T::kCoreRows) {
-    constexpr int kSteps = T::kCoreRows / 16;
-    typename BasisRows<T>::Pair pair[kSteps][4];
+    for (int i = 0; i < 4; ++i) {
+      uint32_t parts[T::kU];
+      rows.parts(pair[step][i], parts);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
+      for (int p = 0; p < T::kU; ++p) u[p][i] = parts[p];
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pair[step][i] = rows.load(i % 2, first + 16 * step + 8 * (i / 2) + lane % 4 * 2);
-    if (column > 0 || first > 0) __syncthreads();
-    stage_core<T>(item, call, first, column, shared);
-    __syncthreads();
+    for (int n = 0; n < T::kPanel / 8; n += 2)
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      FragmentA u[T::kU];
+      for (int c = 0; c < T::kC; ++c) {
+        uint32_t b[4];
+        load_matrices_transposed(
+            b, corner + 2 * ((c * T::kCoreRows + 16 * step) * T::kCorePitch + 8 * n));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t parts[T::kU];
-        rows.parts(pair[step][i], parts);
-#pragma unroll
-        for (int p = 0; p < T::kU; ++p) u[p][i] = parts[p];
-      }
-#pragma unroll
-      for (int n = 0; n < T::kPanel / 8; n += 2) {
-#pragma unroll
-        for (int c = 0; c < T::kC; ++c) {
-          uint32_t b[4];
-          load_matrices_transposed(
-              b, corner + 2 * ((c * T::kCoreRows + 16 * step) * T::kCorePitch + 8 * n));
-#pragma unroll
-          for (int p = 0; p < T::kU; ++p) {
-            if (p + c >= (T::kU > T::kC ? T::kU : T::kC)) continue;
-            mma<false>(sum[n], u[p], b[0], b[1]);
-            mma<false>(sum[n + 1], u[p], b[2], b[3]);
-          }
+        for (int p = 0; p < T::kU; ++p) {
+          if (p + c >= (T::kU > T::kC ? T::kU : T::kC)) continue;
+          mma<false>(sum[n], u[p], b[0], b[1]);
+          mma<false>(sum[n + 1], u[p], b[2], b[3]);
         }
       }
-    }
   }
 }
 
-// The largest number of a warp's 16 rows.
-template <int kCount>
-__device__ __forceinline__ float largest(const float (&sum)[kCount][4]) {
-  float most = 0.0f;
-#pragma unroll
-  for (int n = 0; n < kCount; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(sum[n][i]));
-#pragma unroll
-  for (int other = 16; other > 0; other /= 2)
-    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, other));
-  return most;
-}
-
+// The largest size of a warp's rows of U so far.
 template <class T>
-__device__ __forceinline__ Left<T> make_left(const UpdateItem& item, const UpdateCall& call,
-                                             int64_t row, uint16_t* shared) {
-  constexpr int kPanelSteps = T::kPanel / 16;
-  const BasisRows<T> rows(item, row);
-  Left<T> left;
-  float most = 0.0f, scale = 1.0f;
+__device__ __forceinline__ float largest(const Pairs<T>& pair, float most) {
 #pragma unroll
-  for (int panel = 0; panel < T::kPanels; ++panel) {
-    float sum[T::kPanel / 8][4];
-    make_panel<T>(sum, rows, item, call, panel * T::kPanel, shared);
-    if constexpr (T::kHalf) {
-      // The largest number so far becomes 2^13 and more; fp16 ends at 2^16.
-      most = fmaxf(most, largest(sum));
-      const int exponent = static_cast<int>(float_bits(most) >> 23);
-      const int up = min(max(127 + 13 - exponent, -120), 120);
-      const float before = scale;
-      scale = bits_float(static_cast<uint32_t>(127 + up) << 23);
-      left.unscale = bits_float(static_cast<uint32_t>(127 - up) << 23);
-      if (panel > 0) {
-        const __half2 down = __float2half2_rn(scale / before);
+  for (int step = 0; step < T::kCoreRows / 16; ++step)
 #pragma unroll
-        for (int step = 0; step < panel * kPanelSteps; ++step)
+    for (int i = 0; i < 4; ++i) most = fmaxf(most, BasisRows<T>::size(pair[step][i]));
+  return largest_of(most);
+}
+
+// P of a strip for one panel, as operands A. `bound`: no number of the strip is larger.
+template <class T>
+__device__ __forceinline__ void put_left(const float (&sum)[T::kPanel / 8][4],
+                                         const UpdateItem& item, const UpdateCall& call,
+                                         int64_t strip, int panel, float bound) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, size = 32 * item.strip + T::kHalf;
+  uint4* const out = call.left + item.left + strip * size + lane;
+  float scale = 1.0f;
+  if constexpr (T::kHalf) {
+    // The bound becomes 2^14 and more; fp16 ends at 2^16 and has 11 bits down to 2^-14.
+    const int exponent = static_cast<int>(float_bits(bound) >> 23);
+    const int up = min(max(127 + 14 - exponent, -120), 120);
+    scale = bits_float(static_cast<uint32_t>(127 + up) << 23);
+    if (lane == 0 && panel == 0)
+      out[size - 1] = make_uint4(static_cast<uint32_t>(127 - up) << 23, 0u, 0u, 0u);
+  }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            uint32_t& x = left.part[0][step][i];
-            x = bits_of(__hmul2(half2_of(x), down));
-          }
+  for (int step = 0; step < T::kPanelSteps; ++step) {
+    FragmentA part[T::kP];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // n-blocks 2 step and 2 step + 1 are columns 0-7 and 8-15 of the fragment.
+      const float low = sum[2 * step + i / 2][i % 2 * 2];
+      const float high = sum[2 * step + i / 2][i % 2 * 2 + 1];
+      if constexpr (T::kHalf) {
+        part[0][i] = pack_f16(low * scale, high * scale);
+      } else {
+        uint32_t parts[T::kP];
+        split(low, high, parts);
+#pragma unroll
+        for (int p = 0; p < T::kP; ++p) part[p][i] = parts[p];
       }
     }
 #pragma unroll
-    for (int step = 0; step < kPanelSteps; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // n-blocks 2 step and 2 step + 1 are columns 0-7 and 8-15 of the fragment.
-        const float low = sum[2 * step + i / 2][i % 2 * 2];
-        const float high = sum[2 * step + i / 2][i % 2 * 2 + 1];
-        const int at = panel * kPanelSteps + step;
-        if constexpr (T::kHalf) {
-          left.part[0][at][i] = pack_f16(low * scale, high * scale);
-        } else {
-          uint32_t parts[T::kP];
-          split(low, high, parts);
-#pragma unroll
-          for (int p = 0; p < T::kP; ++p) left.part[p][at][i] = parts[p];
-        }
-      }
+    for (int p = 0; p < T::kP; ++p) {
+      const FragmentA& a = part[p];
+      out[(p * item.steps + panel * T::kPanelSteps + step) * 32] =
+          make_uint4(a[0], a[1], a[2], a[3]);
+    }
   }
-  return left;
 }
 
 template <class Traits, class Batch>
@@ -151,24 +136,33 @@ __global__ void __launch_bounds__(32 * kLeftWarps)
   // In this order: whatever starts after may rely on what this kernel waited for.
   wait_for_launch_before();
   allow_launch_after();
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int place = batch.find(batch.first_block, blockIdx.x);
   const UpdateItem& item = batch.items[place];
-  const int64_t strip =
-      static_cast<int64_t>(blockIdx.x - batch.first_block[place]) * kLeftWarps + threadIdx.x / 32;
-  const Left<T> left = make_left<T>(item, call, 16 * strip + lane / 4, shared);
-  if (16 * strip >= item.rows) return;
-  const int steps = item.steps;
-  uint4* const out = call.left + item.left + strip * (T::kP * steps * 32) + lane;
-#pragma unroll
-  for (int p = 0; p < T::kP; ++p)
-#pragma unroll
-    for (int step = 0; step < T::kSteps; ++step)
-      if (step < steps) {
-        const FragmentA& a = left.part[p][step];
-        out[(p * steps + step) * 32] = make_uint4(a[0], a[1], a[2], a[3]);
+  const uint32_t block = blockIdx.x - batch.first_block[place];
+  const uint32_t panels = static_cast<uint32_t>(item.panels());
+  const int panel = static_cast<int>(block % panels);
+  const int64_t first_strip = int64_t{block / panels} * batch.left_turns * kLeftWarps + warp;
+  const float core_bound = T::kHalf ? bound_of_core<T>(item, call) : 0.0f;
+  for (int turn = 0; turn < batch.left_turns; ++turn) {
+    const int64_t strip = first_strip + turn * kLeftWarps;
+    const BasisRows<T> rows(item, 16 * strip + lane / 4);
+    float sum[T::kPanel / 8][4] = {}, bound = 0.0f;
+    for (int first = 0; first < item.rank; first += T::kCoreRows) {
+      Pairs<T> pair;
+      load_pairs<T>(pair, rows, first);
+      if constexpr (T::kHalf) bound = largest<T>(pair, bound);
+      if (turn == 0 || item.rank > T::kCoreRows) {
+        if (turn > 0 || first > 0) __syncthreads();
+        stage_core<T>(item, call, first, panel * T::kPanel, shared);
+        __syncthreads();
       }
-  if (T::kHalf && lane == 0) item.scales(call)[strip] = left.unscale;
+      multiply_core<T>(sum, pair, rows, shared);
+    }
+    if (16 * strip < item.rows)
+      put_left<T>(sum, item, call, strip, panel,
+                  bound * core_bound * static_cast<float>(item.rank));
+  }
 }
 
 }  // namespace subzero::cuda

@@ -44,7 +44,6 @@ struct UpdateTraits : Shape_ {
   static constexpr bool kWide = sizeof(B) == 4;  // bases in fp32, or one of them
   static constexpr bool kHalf = std::is_same_v<W, f16> && !kWide;
   static constexpr bool kTiny = kRank == 16;
-  static constexpr bool kMakesCores = kRank <= kMostOwnRank;
 
   // Parts of U, C, P = U C and V.
   static constexpr int kU = sizeof(W) == 4 ? 3 : std::is_same_v<B, bf16> ? 1 : 2;
@@ -66,7 +65,8 @@ struct UpdateTraits : Shape_ {
   static constexpr int kRightWords = kV * 4 * kGroups * kSteps * 2;
   static constexpr bool kRightShared = kRightWords > 128;
   static constexpr int kRightBytes = kRightShared ? kRightWords * 4 * kThreads : 0;
-  static constexpr int kWeightBytes = Shape_::kStages * kThreads * Shape_::kSpans * 2 * 16;
+  static constexpr int kTileBytes = kThreads * Shape_::kSpans * 2 * 16;
+  static constexpr int kWeightBytes = Shape_::kStages * kTileBytes;
 #if !defined(SUBZERO_TUNE)
   static_assert(kRightBytes + kWeightBytes <= 96 << 10, "more than a block of sm_86 may have");
 #endif

@@ -122,18 +122,18 @@ struct Room {
 
 // Bytes of P for a strip.
 int64_t strip_bytes(const UpdateItem& item, const UpdateKernel& kernel) {
-  return 512 * item.strip + (kernel.scaled ? 4 : 0);
+  return 512 * item.strip + (kernel.scaled ? 16 : 0);
 }
 
 int64_t left_bytes(const UpdateItem& item, const UpdateKernel& kernel) {
-  return ceil_div(ceil_div(item.rows, 16) * strip_bytes(item, kernel), 16) * 16;
+  return ceil_div(item.rows, 16) * strip_bytes(item, kernel);
 }
 
 // What depends on the kernel: how P is stored, how warps lie.
 void arrange(UpdateItem& item, const UpdateKernel& kernel, const Kind& kind, const Room& room) {
   item.steps = static_cast<uint8_t>(kind.rank == 16 ? 1 : 2 * ceil_div(item.rank, 32));
   item.strip = static_cast<uint8_t>(kernel.parts * item.steps);
-  const int64_t most = room.of(kernel) / strip_bytes(item, kernel);
+  const int64_t most = room.of(kernel) / (kernel.stages * strip_bytes(item, kernel));
   while (
       kernel.warps >> item.across > 1 &&
       (item.columns > int64_t{kernel.columns} << item.across || kernel.warps >> item.across > most))
@@ -143,11 +143,8 @@ void arrange(UpdateItem& item, const UpdateKernel& kernel, const Kind& kind, con
 }
 
 // How many tiles a unit of this item has if others have `tiles`.
-int64_t tiles_of(const UpdateItem& item, const UpdateKernel& kernel, const Room& room,
-                 int64_t tiles) {
-  const int64_t strips = kernel.warps >> item.across;
-  const int64_t most = room.of(kernel) / (strip_bytes(item, kernel) * strips);
-  return std::max<int64_t>(1, std::min({tiles, most, ceil_div(item.rows, 16 * strips)}));
+int64_t tiles_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t tiles) {
+  return std::min(tiles, ceil_div(item.rows, 16 * (kernel.warps >> item.across)));
 }
 
 int64_t phases_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t tiles) {
@@ -174,7 +171,7 @@ int64_t best_tiles(const std::vector<UpdateItem>& items, const UpdateKernel& ker
     int64_t units = 0;
     double work = 0;
     for (const UpdateItem& item : items) {
-      const int64_t mine = tiles_of(item, kernel, room, tiles);
+      const int64_t mine = tiles_of(item, kernel, tiles);
       const int64_t count = units_of(item, kernel, mine);
       units += count;
       work += static_cast<double>(units_of(item, kernel, 1)) + kStart * static_cast<double>(count);
@@ -196,8 +193,9 @@ constexpr int64_t kMostScratch = 1 << 20;
 template <class Batch>
 std::shared_ptr<const Batch> batch_of(const std::vector<UpdateItem>& items,
                                       const std::vector<uint32_t>& first_unit,
-                                      const std::vector<uint32_t>& first_block) {
+                                      const std::vector<uint32_t>& first_block, int64_t turns) {
   auto batch = std::make_shared<Batch>();
+  batch->left_turns = static_cast<int32_t>(turns);
   std::copy(items.begin(), items.end(), batch->items);
   std::copy(first_unit.begin(), first_unit.end(), batch->first_unit);
   std::copy(first_block.begin(), first_block.end(), batch->first_block);
@@ -231,7 +229,7 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
     const int64_t floats = int64_t{next.rank} * next.rank;
     const int64_t left = scratch - out.left_bytes - 4 * (out.core_floats + floats);
     const bool whole = left_bytes(next, kernel) <= left;
-    const int64_t rows = (left - 16) / strip_bytes(next, kernel) * 16;
+    const int64_t rows = left / strip_bytes(next, kernel) * 16;
     if (!whole && !items.empty()) break;
     if (!whole && rows < 16) return failure("no room for the scratch of a single strip of rows");
     UpdateItem item = whole ? next : cut(next, rows, kind);
@@ -246,16 +244,20 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
   const int64_t tiles = best_tiles(items, kernel, room);
   std::vector<uint32_t> first_unit, first_block;
   int64_t units = 0, blocks = 0, bytes = 0;
+  // Where P is much work its blocks save themselves some of the time that C takes.
+  for (const UpdateItem& item : items)
+    blocks += ceil_div(item.rows, 16 * kLeftWarps) * item.panels();
+  const int64_t turns = blocks > 16 * room.processors ? 4 : 1;
+  blocks = 0;
   for (UpdateItem& item : items) {
-    const int64_t phases = phases_of(item, kernel, tiles_of(item, kernel, room, tiles));
-    const int64_t mine = phases_of(item, kernel, phases);  // tiles, of the first phase
+    const int64_t phases = phases_of(item, kernel, tiles_of(item, kernel, tiles));
     item.phases = static_cast<uint32_t>(phases);
-    item.tiles = static_cast<uint16_t>(mine);
     first_unit.push_back(static_cast<uint32_t>(units));
     first_block.push_back(static_cast<uint32_t>(blocks));
     units += phases * item.chunks;
-    blocks += ceil_div(item.rows, 16 * kLeftWarps);
-    bytes = std::max(bytes, mine * (kernel.warps >> item.across) * strip_bytes(item, kernel));
+    blocks += ceil_div(item.rows, 16 * kLeftWarps * turns) * item.panels();
+    bytes =
+        std::max(bytes, kernel.stages * (kernel.warps >> item.across) * strip_bytes(item, kernel));
     if (units > INT32_MAX) return failure("too many elements for one launch");
   }
   out.units = static_cast<uint32_t>(units);
@@ -263,9 +265,9 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
   out.count = static_cast<int64_t>(items.size());
   out.shared_bytes = static_cast<int>(kernel.fixed_bytes + bytes);
   if (kernel.few != nullptr && items.size() <= kFewItems)
-    out.few = batch_of<FewItems>(items, first_unit, first_block);
+    out.few = batch_of<FewItems>(items, first_unit, first_block, turns);
   else
-    out.many = batch_of<ManyItems>(items, first_unit, first_block);
+    out.many = batch_of<ManyItems>(items, first_unit, first_block, turns);
   for (const UpdateKernel& each : out.kernel) {
     // All that there is: other launches of the same kernel may need more than this one.
     const cudaError_t error = cudaFuncSetAttribute(out.few ? each.few : each.many,
@@ -322,8 +324,9 @@ Status UpdatePlan::prepare(const LowRank* items, int64_t count, int device) {
 }
 
 bool UpdatePlan::own_cores(const UpdateLaunch& launch, int64_t queries) const {
-  const int64_t quads = int64_t{launch.most_rank} * launch.most_rank / 4 * queries;
-  return launch.most_rank <= kMostOwnRank && quads <= 8 * 32 * kLeftWarps &&
+  const int64_t panel = std::min<int64_t>(launch.most_rank, kLeftPanel);
+  const int64_t quads = launch.most_rank * panel / 4 * queries;  // of a thread block
+  return quads <= 8 * 32 * kLeftWarps &&
          (launch.blocks <= 4 * static_cast<uint32_t>(processors_) || quads <= 32 * kLeftWarps);
 }
 

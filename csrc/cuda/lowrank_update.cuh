@@ -12,14 +12,11 @@ namespace subzero::cuda {
 
 // The highest rank there are kernels for.
 constexpr int64_t kMostRank = 256;
-// The highest rank at which thread blocks may make their own core from noise.
-constexpr int kMostOwnRank = 64;
-// Strips of 16 rows of P that a thread block makes.
+// Strips of 16 rows and columns of P that a thread block makes at a time.
 constexpr int kLeftWarps = 8;
+constexpr int kLeftPanel = 32;
 // Tiles of rows to a block.
-constexpr int kMostTiles = 32;
-
-struct UpdateCall;
+constexpr int kMostTiles = 64;
 
 // One matrix, or some of its rows. Thread blocks take chunks of columns and, of their tiles of
 // rows, every so many-th.
@@ -47,8 +44,8 @@ struct UpdateItem {
   uint8_t strip;        // operands A of a strip: parts times steps
   bool u_wide, v_wide;  // in fp32
 
-  // What P of each strip is to be multiplied by: after P.
-  __device__ float* scales(const UpdateCall& call) const;
+  // Of P's columns.
+  __host__ __device__ int panels() const { return steps > 1 ? steps * 16 / kLeftPanel : 1; }
 };
 
 // The matrices of one launch, a kernel parameter.
@@ -57,6 +54,7 @@ struct UpdateBatch {
   UpdateItem items[kMost];
   uint32_t first_unit[kMost];   // thread block of W's kernel
   uint32_t first_block[kMost];  // of P's
+  int32_t left_turns;           // times kLeftWarps strips to a block of P's
   int32_t count;
 
   // The item that a thread block works on.
@@ -85,10 +83,6 @@ struct UpdateCall {
   uint4* left;  // P of all items, 16 bytes a lane
 };
 
-__device__ __forceinline__ float* UpdateItem::scales(const UpdateCall& call) const {
-  return reinterpret_cast<float*>(call.left + left + (rows + 15) / 16 * (32 * strip));
-}
-
 // Kernel parameters end at 4 KiB where either the compiler or the GPU is older, else at 32,764
 // bytes. The smaller batch is also the faster to launch.
 constexpr int kFewItems = 30;
@@ -105,11 +99,12 @@ struct UpdateKernel {
   const void* left_few;
   const void* left_many;
   int warps;
-  int columns;      // of a warp
-  int resident;     // thread blocks on a multiprocessor
+  int columns;   // of a warp
+  int resident;  // thread blocks on a multiprocessor
+  int stages;
   int fixed_bytes;  // of shared memory, beside P
   int parts;        // of P
-  bool scaled;      // P comes with a scale for each strip
+  bool scaled;      // each strip of P ends in 16 bytes more: what it is to be multiplied by
 };
 
 enum class Access { nearest, stochastic, elements };

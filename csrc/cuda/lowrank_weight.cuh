@@ -1,7 +1,8 @@
-// A thread's part of W: 16 bytes at a time of two rows, read, updated and written where they lie.
+// W in memory: tiles that are read, updated and written, and how elements are rounded.
 #pragma once
 
 #include "lowrank_traits.cuh"
+#include "noise.cuh"
 
 namespace subzero::cuda {
 
@@ -37,94 +38,143 @@ __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
   return x;
 }
 
-// Rows q and q + 8 of a warp's 16 and kSpans times 16 bytes of each, which begin at 16 bytes; tile
-// after tile, `step` rows apart. W comes through shared memory, where a thread has slots of its
-// own: registers would hold fewer bytes under way, and the compiler waits for all loads of a loop
-// where it turns. What lies outside of the matrix is read as zero and not written.
+// The tiles of a thread block, `step` rows apart, whose rows begin at 16 bytes. They pass through
+// shared memory both ways, row by row: DRAM likes rows as long as they get, the tensor cores want
+// rows q and q + 8. What lies outside of the matrix is read as zero and not written.
 template <class Traits>
-class WeightRows {
+class WeightTiles {
   using W = typename Traits::W;
   static constexpr int kVec = Traits::kVec;
+  static constexpr int kPieces = 2 * Traits::kSpans;  // of 16 bytes, to a thread
 
  public:
-  // `row` and `column` are the thread's first.
-  __device__ __forceinline__ WeightRows(const UpdateItem& item, int64_t row, int64_t column,
-                                        int64_t step, int tiles, unsigned char* slots)
-      : item_(item),
-        slots_(slots + 16 * threadIdx.x),
-        step_(step),
-        ahead_tiles_(tiles),
-        tiles_(tiles) {
-    ahead_ = now_ = static_cast<W*>(item.w) + row * item.w_stride + column;
-    last_rows_ = static_cast<int>(min(item.rows - row - (tiles - 1) * step, int64_t{16}));
-    columns_ = static_cast<int>(min(item.columns - column, int64_t{Traits::kColumns}));
-    element_ = item.first + row * item.columns + column;
+  // `row` and `column` are the block's first, `below` is the base-2 logarithm of a tile's strips.
+  __device__ __forceinline__ WeightTiles(const UpdateItem& item, int64_t row, int64_t column,
+                                         int below, int64_t step, int tiles, unsigned char* room)
+      : item_(item), room_(room), ahead_tiles_(tiles), tiles_(tiles) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    // Memory: piece thread + i kThreads of a tile, row by row.
+    pieces_ = 4 * Traits::kSpans << item.across;
+    my_row_ = thread / pieces_;
+    const int piece = thread % pieces_;
+    inside_ = column + piece * kVec < item.columns;
+    rows_ = 16 << below;
+    last_rows_ = static_cast<int>(min(item.rows - row - (tiles - 1) * step, int64_t{rows_}));
+    ahead_ = now_ =
+        static_cast<W*>(item.w) + (row + my_row_) * item.w_stride + column + piece * kVec;
+    stride_ = step * item.w_stride;
+    apart_ = Traits::kThreads / pieces_;
+    my_slot_ = slot(my_row_, piece);
+    // Tensor cores: row q of the warp's strip, 4 pieces to a span.
+    fragment_ = slot((warp >> item.across) * 16 + lane / 4,
+                     (warp & ((1 << item.across) - 1)) * 4 * Traits::kSpans + lane % 4);
   }
 
   // Starts to fetch the next tile that has not been fetched.
   __device__ __forceinline__ void fetch(int stage) {
     const int rows = rows_of(ahead_tiles_);
 #pragma unroll
-    for (int s = 0; s < Traits::kSpans; ++s)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const bool real = 8 * h < rows && s * Traits::kSpan < columns_;
-        const W* const from = ahead_ + 8 * h * item_.w_stride + s * Traits::kSpan;
-        copy_async<Traits::kLoad == LoadHint::fetch256>(shared_address(slot(stage, s, h)),
-                                                        real ? from : item_.w, real);
-      }
-    ahead_ += step_ * item_.w_stride;
+    for (int i = 0; i < kPieces; ++i) {
+      const bool real = inside_ && my_row_ + i * apart_ < rows;
+      const W* const from = ahead_ + i * apart_ * item_.w_stride;
+      copy_async<Traits::kLoad == LoadHint::fetch256>(
+          shared_address(room_ + stage * Traits::kTileBytes + mine(i)), real ? from : item_.w,
+          real);
+    }
+    ahead_ += stride_;
     --ahead_tiles_;
   }
 
-  __device__ __forceinline__ Bytes16 load(int stage, int s, int h) const {
-    return *reinterpret_cast<const Bytes16*>(slot(stage, s, h));
+  // 16 bytes of row q or q + 8 (h) of a span.
+  __device__ __forceinline__ Bytes16& at(int stage, int s, int h) const {
+    return *reinterpret_cast<Bytes16*>(room_ + stage * Traits::kTileBytes + (fragment_ ^ 64 * s) +
+                                       8 * h * 16 * pieces_);
   }
 
-  __device__ __forceinline__ void store(int s, int h, const Bytes16& x) const {
-    if (8 * h < rows_of(tiles_) && s * Traits::kSpan < columns_)
-      store16<Traits::kStore>(now_ + 8 * h * item_.w_stride + s * Traits::kSpan, x);
+  // Writes the tile; then the next is the current one.
+  __device__ __forceinline__ void store(int stage) {
+    const int rows = rows_of(tiles_);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (inside_ && my_row_ + i * apart_ < rows)
+        store16<Traits::kStore>(
+            now_ + i * apart_ * item_.w_stride,
+            *reinterpret_cast<const Bytes16*>(room_ + stage * Traits::kTileBytes + mine(i)));
+    now_ += stride_;
+    --tiles_;
   }
 
-  // The words of kVec neighbouring elements, of which the first is a block's first.
-  __device__ __forceinline__ void words(const NoiseSource& source, int s, int h,
-                                        uint32_t (&out)[kVec]) const {
-    const auto block =
-        static_cast<uint64_t>(element_ + 8 * h * item_.columns + s * Traits::kSpan) / 4;
+ private:
+  // Where a piece lies in a tile. Of two neighbouring rows one has each two halves of 128 bytes
+  // exchanged: eight threads that read four pieces of both use all banks.
+  __device__ __forceinline__ int slot(int row, int piece) const {
+    const int swap = pieces_ > 4 ? row % 2 * 4 : 0;
+    return 16 * (row * pieces_ + (piece ^ swap));
+  }
+  // The rows of a thread's pieces are all odd or all even.
+  __device__ __forceinline__ int mine(int i) const { return my_slot_ + i * apart_ * 16 * pieces_; }
+  __device__ __forceinline__ int rows_of(int tiles) const {
+    return tiles > 1 ? rows_ : tiles == 1 ? last_rows_ : 0;
+  }
+
+  const UpdateItem& item_;
+  unsigned char* room_;
+  W *ahead_, *now_;
+  int64_t stride_;
+  int ahead_tiles_, tiles_, rows_, last_rows_;
+  int pieces_, apart_, my_row_, my_slot_, fragment_;
+  bool inside_;
+};
+
+// The words that round a thread's fragments, tile after tile.
+template <class Traits>
+class FragmentWords {
+  static constexpr int kVec = Traits::kVec;
+
+ public:
+  // `element` is the row-major index of the thread's first element, `step` that to the next tile.
+  __device__ __forceinline__ FragmentWords(const NoiseSource& source, int64_t element,
+                                           int64_t columns, int64_t step)
+      : source_(source),
+        element_(element),
+        columns_(columns),
+        step_(step),
+        blocks_(keys(), source.stream, source.draw, high_of(element)),
+        high_(high_of(element)) {}
+
+  // Of kVec neighbouring elements, of which the first is a block's first.
+  __device__ __forceinline__ void get(int s, int h, uint32_t (&out)[kVec]) {
+    const int64_t element = element_ + 8 * h * columns_ + s * Traits::kSpan;
+    if (high_of(element) != high_) {
+      high_ = high_of(element);
+      blocks_ = Blocks(keys(), source_.stream, source_.draw, high_);
+    }
 #pragma unroll
     for (int i = 0; i < kVec; i += 4) {
-      const Words words = block_words(source, block + i / 4);
+      const Words words = blocks_.words(keys(), static_cast<uint32_t>(element / 4) + i / 4);
 #pragma unroll
       for (int j = 0; j < 4; ++j) out[i + j] = words.w[j];
     }
   }
 
-  __device__ __forceinline__ void next() {
-    now_ += step_ * item_.w_stride;
-    element_ += step_ * item_.columns;
-    --tiles_;
-  }
+  __device__ __forceinline__ void next() { element_ += step_; }
 
  private:
-  __device__ __forceinline__ unsigned char* slot(int stage, int s, int h) const {
-    return slots_ + ((stage * Traits::kSpans + s) * 2 + h) * 16 * Traits::kThreads;
+  static __device__ __forceinline__ uint32_t high_of(int64_t element) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(element) >> 34);
+  }
+  __device__ __forceinline__ RoundKeys keys() const {
+    return RoundKeys(static_cast<uint64_t>(source_.key[1]) << 32 | source_.key[0]);
   }
 
-  // From this thread's first on, with so many tiles to go.
-  __device__ __forceinline__ int rows_of(int tiles) const {
-    return tiles > 1 ? 16 : tiles == 1 ? last_rows_ : 0;
-  }
-
-  const UpdateItem& item_;
-  unsigned char* slots_;
-  int64_t step_;
-  W *ahead_, *now_;
-  int64_t element_;  // row-major index in the whole matrix
-  int ahead_tiles_, tiles_, last_rows_, columns_;
+  NoiseSource source_;
+  int64_t element_, columns_, step_;
+  Blocks blocks_;
+  uint32_t high_;
 };
 
-// The same for a W of any alignment, whose rows may also be cut where those of (m', n') are not.
-// Element by element, and small: speed is for the others.
+// W of any alignment, whose rows may also be cut where those of (m', n') are not: read, updated and
+// written element by element. It is small; speed is for the others.
 template <class Traits>
 class WeightElements {
   using W = typename Traits::W;
@@ -132,7 +182,7 @@ class WeightElements {
 
  public:
   __device__ __forceinline__ WeightElements(const UpdateItem& item, int64_t row, int64_t column,
-                                            int64_t step, int, unsigned char*)
+                                            int64_t step)
       : item_(item), row_(row), column_(column), step_(step) {}
 
   // W = decay W + sum for kVec neighbours, the sums `added`.

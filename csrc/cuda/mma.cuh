@@ -108,6 +108,13 @@ __device__ __forceinline__ void allow_launch_after() {
 #endif
 }
 
+// The largest of a warp's numbers.
+__device__ __forceinline__ float largest_of(float x) {
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, other));
+  return x;
+}
+
 // ---- numbers as sums of parts
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

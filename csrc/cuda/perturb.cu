@@ -16,8 +16,9 @@ __global__ void core_sum_kernel(const __grid_constant__ Batch batch,
   float* const core = cores + item.core;
   const int step = static_cast<int>(gridDim.x * blockDim.x);
   for (int quad = static_cast<int>(first_item()); 4 * quad < size; quad += step) {
-    const Normals value = core_quad(item, call, static_cast<uint32_t>(quad));
-    for (int j = 0; j < 4 && 4 * quad + j < size; ++j) core[4 * quad + j] = value.z[j];
+    Normals value[1];
+    core_quads(item, call, {static_cast<uint32_t>(quad)}, value);
+    for (int j = 0; j < 4 && 4 * quad + j < size; ++j) core[4 * quad + j] = value[0].z[j];
   }
 }
 

@@ -69,12 +69,20 @@ __device__ __forceinline__ uint32_t round_pair(bf16, float low, float high, uint
   };
   return __byte_perm(rounded(low, low_word), rounded(high, high_word), 0x7632);
 }
+// fp16's likewise, of the 13 bits that go, but where it has fewer bits than fp32 leaves it or none.
 __device__ __forceinline__ uint32_t round_pair(f16, float low, float high, uint32_t low_word,
                                                uint32_t high_word) {
-  f16 a, b;
-  round_stochastic(low, low_word, a);
-  round_stochastic(high, high_word, b);
-  return static_cast<uint32_t>(b.bits) << 16 | a.bits;
+  const auto rounded = [](float x, uint32_t word) -> uint32_t {
+    const uint32_t bits = float_bits(x), size = bits & 0x7fffffffu;
+    if (size - 0x38800000u < 0x0f000000u) {  // 2^-14 <= |x| < 2^16
+      const uint32_t moved = min(size + 0x1fffu - (word >> 19), 0x477fffffu);
+      return (moved - 0x38000000u) >> 13 | (bits >> 16 & 0x8000u);
+    }
+    f16 rare;
+    round_stochastic(x, word, rare);
+    return rare.bits;
+  };
+  return rounded(high, high_word) << 16 | rounded(low, low_word);
 }
 
 __device__ __forceinline__ float2 unpack(bf16, uint32_t pair) {

@@ -7,7 +7,7 @@ set -e
 HERE=$(cd "$(dirname "$0")" && pwd)
 S=$HERE/../../csrc
 mkdir -p "$1"; cd "$1"; cp "$HERE"/*.h "$HERE"/*.cpp "$HERE"/*.cuh .
-rm -rf csrc; mkdir -p csrc/cuda; cp $S/*.h csrc/; cp $S/cuda/lowrank_*.cuh $S/cuda/storage.cuh $S/cuda/launch.cuh $S/cuda/lowrank_update.cu $S/cuda/lowrank_kernels.cu $S/cuda/perturb.cu $S/cuda/fold.cu csrc/cuda/
+rm -rf csrc; mkdir -p csrc/cuda; cp $S/*.h csrc/; cp $S/cuda/lowrank_*.cuh $S/cuda/noise.cuh $S/cuda/storage.cuh $S/cuda/launch.cuh $S/cuda/lowrank_update.cu $S/cuda/lowrank_kernels.cu $S/cuda/perturb.cu $S/cuda/fold.cu csrc/cuda/
 cp mma.cuh csrc/cuda/mma.cuh
 cd csrc/cuda
 sed -i 's/#include <cuda_runtime.h>/#include "emu.h"/' launch.cuh
@@ -31,6 +31,10 @@ s=s[:a]+"  (void)place; return emu_launch(kernel, blocks, threads, shared_bytes,
 open(p,'w').write(s)
 p='lowrank_kernel.cuh'; s=open(p).read()
 s=s.replace("const __grid_constant__ Batch batch","const Batch& batch").replace("const __grid_constant__ UpdateCall call","const UpdateCall& call")
+open(p,'w').write(s)
+p='noise.cuh'; s=open(p).read()
+a=s.index('  asm("{.reg .u64 p'); b=s.index('}',s.index(': "r"(a), "r"(b));'))
+s=s[:a]+'  const uint64_t p = (uint64_t)a * b; low = (uint32_t)p; high = p >> 32;\n'+s[b:]
 open(p,'w').write(s)
 p='perturb.cu'; s=open(p).read()
 s=s.replace("const __grid_constant__ Batch batch","const Batch& batch").replace("const __grid_constant__ UpdateCall call, float* cores","const UpdateCall& call, float* const& cores")

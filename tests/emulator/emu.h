@@ -16,6 +16,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __restrict__
+#define __shared__ static
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -76,5 +77,13 @@ inline float __shfl_xor_sync(unsigned, float v, int mask) {
     int m = *(const int*)e;
     for (int l = 0; l < 32; ++l) memcpy(o + 4 * l, in + 4 * (l ^ m), 4);
   }, &mask);
+  return out;
+}
+inline float __shfl_sync(unsigned, float v, int from) {
+  float out;
+  emu::warp(2000 + from, &v, 4, &out, 4, [](const unsigned char* in, unsigned char* o, const void* e) {
+    int m = *(const int*)e;
+    for (int l = 0; l < 32; ++l) memcpy(o + 4 * l, in + 4 * m, 4);
+  }, &from);
   return out;
 }

@@ -82,6 +82,7 @@ inline void wait_for_launch_before() {}
 inline void allow_launch_after() {}
 inline void end_copies() { emu::end_copies(); }
 template <int kPending> inline void wait_for_copies() { emu::finish_copies(kPending); }
+inline float largest_of(float x) { for (int o = 16; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o)); return x; }
 inline uint32_t pack_bf16(float low, float high) { bf16 a, b; round_nearest(low, a); round_nearest(high, b); return (uint32_t)b.bits << 16 | a.bits; }
 inline uint32_t pack_f16(float low, float high) { f16 a, b; round_nearest(low, a); round_nearest(high, b); return (uint32_t)b.bits << 16 | a.bits; }
 inline float low_bf16(uint32_t p) { return bits_float(p << 16); }

@@ -50,7 +50,7 @@ __device__ __forceinline__ float bound_of_core(const UpdateItem& item, const Upd
   return most;
 }
 
-// One element of C, in parts, at row k and column n of what is staged, in the order of operands.
+// Elements of C, in parts, at row k and column n of what is staged, in the order of operands.
 template <class Traits>
 __device__ __forceinline__ void put_core(float value, int k, int n, uint16_t* out) {
   uint32_t part[Traits::kC];
@@ -59,6 +59,18 @@ __device__ __forceinline__ void put_core(float value, int k, int n, uint16_t* ou
   for (int p = 0; p < Traits::kC; ++p)
     out[(p * Traits::kCoreRows + Traits::place(k)) * Traits::kCorePitch + Traits::place(n)] =
         static_cast<uint16_t>(part[p]);
+}
+
+// Two neighbours, the first in an even column: they stay neighbours.
+template <class Traits>
+__device__ __forceinline__ void put_core_pair(float low, float high, int k, int n, uint16_t* out) {
+  uint32_t part[Traits::kC];
+  split(low, high, part);
+#pragma unroll
+  for (int p = 0; p < Traits::kC; ++p)
+    *reinterpret_cast<uint32_t*>(
+        out + (p * Traits::kCoreRows + Traits::place(k)) * Traits::kCorePitch + Traits::place(n)) =
+        part[p];
 }
 
 // Rows first .. first + kCoreRows and columns column .. column + kPanel of C, in parts; zero
@@ -98,6 +110,12 @@ __device__ __forceinline__ void stage_core(const UpdateItem& item, const UpdateC
     for (int a = 0; a < kAtOnce; ++a) {
       const int k = (i + a * Traits::kThreads) / quads;
       const int n = static_cast<int>(4 * quad[a]) - (first + k) * rank - column;
+      if (k < rows && rank % 4 == 0) {
+        if (n >= columns) continue;
+        put_core_pair<Traits>(value[a].z[0], value[a].z[1], k, n, out);
+        put_core_pair<Traits>(value[a].z[2], value[a].z[3], k, n + 2, out);
+        continue;
+      }
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (k < rows && n + j >= 0 && n + j < columns)

@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(T::kThreads, kAccess == Access::elements ? 1 :
   const auto fetch_left = [&](int stage) {
     const int count =
         static_cast<int>(min(max(left_strips, int64_t{0}), int64_t{1} << below)) * size;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < count; i += T::kThreads)
       copy_async(shared_address(left_room + stage * (size << below) + i), from + i, true);
     end_copies();
@@ -147,10 +148,14 @@ __global__ void __launch_bounds__(T::kThreads, kAccess == Access::elements ? 1 :
             const int s = group * T::kPartsOfGroup / 2 + part / 2, h = part % 2;
             float added[T::kVec];
             gather<T>(added, sum, part, scale);
-            uint32_t word[T::kVec];
-            if constexpr (kStochastic) words.get(s, h, word);
             Bytes16& x = w.at(stage, s, h);
-            x = updated<typename T::W>(x, added, call, kStochastic ? word : nullptr);
+            if constexpr (kStochastic) {
+              uint32_t word[T::kVec];
+              words.get(s, h, word);
+              x = updated<typename T::W>(x, added, call, word);
+            } else {
+              x = updated<typename T::W>(x, added, call);
+            }
           }
         } else {
 #pragma unroll 1

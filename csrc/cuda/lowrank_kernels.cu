@@ -68,11 +68,11 @@ UpdateKernel tuned(Access access, int number) {
   constexpr auto streaming = StoreHint::streaming;
   using Shapes = std::tuple<C,                                               // 0
                             Shape<kWarps, kSpans, kResident, 2>,             // 1
-                            Shape<kWarps, kSpans, kResident, 4>,             // 2
-                            Shape<kWarps, kSpans, kResident, 3, streaming>,  // 3
-                            Shape<kWarps, kSpans, 1, 4>,                     // 4
-                            Shape<4, kSpans, 2 * kResident, 3>,              // 5
-                            Shape<16, kHalf, 1, 3>>;                         // 6
+                            Shape<kWarps, kSpans, kResident, 3, streaming>,  // 2
+                            Shape<4, kSpans, 2 * kResident, 3, streaming>,   // 3
+                            Shape<4, kSpans, 2 * kResident, 2>,              // 4
+                            Shape<4, kSpans, 2 * kResident, 4>,              // 5
+                            Shape<kWarps, kHalf, kResident, 3>>;             // 6
   if (number == kNumber) return kernel<W, W, kRank, std::tuple_element_t<kNumber, Shapes>>(access);
   if constexpr (kNumber + 1 < std::tuple_size_v<Shapes>)
     return tuned<W, kRank, kNumber + 1>(access, number);

@@ -247,7 +247,7 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
   // Where P is much work its blocks save themselves some of the time that C takes.
   for (const UpdateItem& item : items)
     blocks += ceil_div(item.rows, 16 * kLeftWarps) * item.panels();
-  const int64_t turns = blocks > 16 * room.processors ? 4 : 1;
+  const int64_t turns = blocks > 16 * room.processors ? 4 : blocks > room.processors ? 2 : 1;
   blocks = 0;
   for (UpdateItem& item : items) {
     const int64_t phases = phases_of(item, kernel, tiles_of(item, kernel, tiles));

@@ -15,27 +15,35 @@ __device__ __forceinline__ float added_to(float w, float sum, const UpdateCall& 
   return fma_(call.decay, w, rest);
 }
 
-// 16 bytes of W with the sums added. `words` null: to nearest.
+// 16 bytes of W with the sums added.
 template <class W>
 __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
-                                           const UpdateCall& call, const uint32_t* words) {
+                                           const UpdateCall& call) {
   Bytes16 x;
-  if constexpr (sizeof(W) == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(W) == 4) {
       x.word[i] = float_bits(added_to(bits_float(old.word[i]), sum[i], call));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 w = unpack(W{}, old.word[i]);
-      const float low = fma_(call.decay, w.x, sum[2 * i]);  // decay_rest is for fp32
-      const float high = fma_(call.decay, w.y, sum[2 * i + 1]);
-      x.word[i] = words == nullptr ? round_pair(W{}, low, high)
-                                   : round_pair(W{}, low, high, words[2 * i], words[2 * i + 1]);
+    } else {
+      const float2 w = unpack(W{}, old.word[i]);  // decay_rest is for fp32
+      x.word[i] =
+          round_pair(W{}, fma_(call.decay, w.x, sum[2 * i]), fma_(call.decay, w.y, sum[2 * i + 1]));
     }
   }
   return x;
+}
+
+template <class W>
+__device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
+                                           const UpdateCall& call, const uint32_t (&words)[8]) {
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 w = unpack(W{}, old.word[i]);
+    x[2 * i] = fma_(call.decay, w.x, sum[2 * i]);
+    x[2 * i + 1] = fma_(call.decay, w.y, sum[2 * i + 1]);
+  }
+  return round_eight(W{}, x, words);
 }
 
 // The tiles of a thread block, `step` rows apart, whose rows begin at 16 bytes. They pass through

@@ -69,20 +69,79 @@ __device__ __forceinline__ uint32_t round_pair(bf16, float low, float high, uint
   };
   return __byte_perm(rounded(low, low_word), rounded(high, high_word), 0x7632);
 }
-// fp16's likewise, of the 13 bits that go, but where it has fewer bits than fp32 leaves it or none.
 __device__ __forceinline__ uint32_t round_pair(f16, float low, float high, uint32_t low_word,
                                                uint32_t high_word) {
-  const auto rounded = [](float x, uint32_t word) -> uint32_t {
-    const uint32_t bits = float_bits(x), size = bits & 0x7fffffffu;
-    if (size - 0x38800000u < 0x0f000000u) {  // 2^-14 <= |x| < 2^16
-      const uint32_t moved = min(size + 0x1fffu - (word >> 19), 0x477fffffu);
-      return (moved - 0x38000000u) >> 13 | (bits >> 16 & 0x8000u);
+  f16 a, b;
+  round_stochastic(low, low_word, a);
+  round_stochastic(high, high_word, b);
+  return static_cast<uint32_t>(b.bits) << 16 | a.bits;
+}
+
+// ---- eight numbers by words, where the rounding is what takes the time: the carry alone, and the
+// rule above for eight of which one needs it. The sum of their sizes is a NaN or infinite with any
+// of them.
+
+__device__ __forceinline__ Bytes16 round_eight(bf16, const float (&x)[8],
+                                               const uint32_t (&word)[8]) {
+  float sizes = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sizes += fabsf(x[i]);
+  Bytes16 out;
+  if (sizes < 0x1p127f) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out.word[i] =
+          __byte_perm(float_bits(x[2 * i]) + 0xffffu - (word[2 * i] >> 16),
+                      float_bits(x[2 * i + 1]) + 0xffffu - (word[2 * i + 1] >> 16), 0x7632);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out.word[i] = round_pair(bf16{}, x[2 * i], x[2 * i + 1], word[2 * i], word[2 * i + 1]);
+  }
+  return out;
+}
+
+// fp16 loses 13 bits, more below 2^-14: a few of the weights of any model are as small, so that
+// those are mended one by one.
+__device__ __forceinline__ Bytes16 round_eight(f16, const float (&x)[8],
+                                               const uint32_t (&word)[8]) {
+  float sizes = 0.0f, least = 1.0f;
+  Bytes16 out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sizes += fabsf(x[i]);
+    least = fminf(least, fabsf(x[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    out.word[i] = cut_f16(bits_float(float_bits(x[2 * i]) + 0x1fffu - (word[2 * i] >> 19)),
+                          bits_float(float_bits(x[2 * i + 1]) + 0x1fffu - (word[2 * i + 1] >> 19)));
+  if (least >= 0x1p-14f && sizes < 0x1p15f) return out;
+  uint32_t rare = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    rare |= fabsf(x[i]) >= 0x1p-14f && fabsf(x[i]) < 0x1p15f ? 0u : 1u << i;
+#pragma unroll 1
+  while (rare != 0) {
+    const int at = __ffs(static_cast<int>(rare)) - 1;
+    rare &= rare - 1;
+    float number = x[0];
+    uint32_t its = word[0];
+#pragma unroll
+    for (int i = 1; i < 8; ++i) {
+      number = at == i ? x[i] : number;
+      its = at == i ? word[i] : its;
     }
-    f16 rare;
-    round_stochastic(x, word, rare);
-    return rare.bits;
-  };
-  return rounded(high, high_word) << 16 | rounded(low, low_word);
+    f16 mended;
+    round_stochastic(number, its, mended);
+    const int shift = at % 2 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (at / 2 == i)
+        out.word[i] = (out.word[i] & ~(0xffffu << shift)) | static_cast<uint32_t>(mended.bits)
+                                                                << shift;
+  }
+  return out;
 }
 
 __device__ __forceinline__ float2 unpack(bf16, uint32_t pair) {

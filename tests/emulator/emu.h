@@ -64,6 +64,7 @@ inline cudaError_t emu_launch(const void* kernel, dim3 blocks, int threads, int 
   return 0;
 }
 inline cudaError_t cudaDriverGetVersion(int* v) { *v = 13000; return 0; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 #define __syncthreads() emu::sync_block()
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {

@@ -9,21 +9,23 @@
 namespace subzero::cuda {
 namespace {
 
+// Chosen by measurement on an H100 (benchmarks/tune_perturb.py): a warp keeps V for 128 bytes of a
+// row, for less where that takes too many registers, and blocks share a multiprocessor as long as
+// registers allow.
 template <class W, class B, int kRank>
 struct Choice {
-  static constexpr bool kSame = sizeof(W) == sizeof(B);
-  // Words of V in a thread for a span of 16-bit W; half of that for fp32.
-  static constexpr int kWords = (kSame ? 1 : 2) * 4 * (kRank / 16) * 2;
-  static constexpr int kSpans = sizeof(W) == 4 ? 2 : kWords <= 32 ? 2 : 1;
-  static constexpr int kMine = kWords * (sizeof(W) == 4 ? 2 : kSpans);
-  static constexpr bool kShared = kMine > 128;
-  using Type = Shape<(kShared ? 2 : 8), kSpans, (kMine <= 64 ? 2 : 1), 3>;
+  // Words of V in a thread, for each 64 bytes of a row.
+  static constexpr int kWords = (sizeof(W) == sizeof(B) ? 1 : 2) * 4 * (kRank / 16) * 2;
+  static constexpr int kSpans = kWords <= 32 ? 2 : 1;
+  static constexpr int kWarps = kWords <= 128 ? 8 : 2;  // two where shared memory has to hold V
+  using Type = Shape<kWarps, kSpans, (kWords * kSpans <= 64 ? 2 : 1), 3>;
 };
 template <class B, int kRank>
 struct Choice<float, B, kRank> {
-  // Two parts of V; three at rank 16.
+  // Two parts of V, three at rank 16, for 128 bytes.
   static constexpr int kWords = (kRank == 16 ? 3 : 2) * 4 * (kRank / 16) * 2;
-  using Type = Shape<(kWords > 128 ? 2 : 8), 2, (kWords <= 64 ? 2 : 1), 3>;
+  static constexpr int kWarps = kWords <= 128 ? 4 : 2;
+  using Type = Shape<kWarps, 2, (kWords <= 64 ? 4 : kWords <= 128 ? 2 : 1), 3>;
 };
 template <class W, class B, int kRank>
 using Chosen = typename Choice<W, B, kRank>::Type;
@@ -68,10 +70,10 @@ UpdateKernel tuned(Access access, int number) {
   constexpr auto streaming = StoreHint::streaming;
   using Shapes = std::tuple<C,                                               // 0
                             Shape<kWarps, kSpans, kResident, 2>,             // 1
-                            Shape<kWarps, kSpans, kResident, 3, streaming>,  // 2
-                            Shape<4, kSpans, 2 * kResident, 3, streaming>,   // 3
-                            Shape<4, kSpans, 2 * kResident, 2>,              // 4
-                            Shape<4, kSpans, 2 * kResident, 4>,              // 5
+                            Shape<kWarps, kSpans, kResident, 4>,             // 2
+                            Shape<kWarps, kSpans, kResident, 3, streaming>,  // 3
+                            Shape<8, kSpans, kWarps * kResident / 8, 3>,     // 4
+                            Shape<4, kSpans, kWarps * kResident / 4, 3>,     // 5
                             Shape<kWarps, kHalf, kResident, 3>>;             // 6
   if (number == kNumber) return kernel<W, W, kRank, std::tuple_element_t<kNumber, Shapes>>(access);
   if constexpr (kNumber + 1 < std::tuple_size_v<Shapes>)

@@ -155,31 +155,33 @@ int64_t units_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t til
   return phases_of(item, kernel, tiles) * item.chunks;
 }
 
-// How many tiles a thread block takes one after another. Many, because each block reads V first,
-// which takes the time of about one tile; but so few that all multiprocessors end together.
+// How many tiles a thread block takes one after another. Many, because each block reads V first;
+// but so few that blocks follow each other through memory closely, and that all multiprocessors end
+// together. The numbers are from an H100.
 int64_t best_tiles(const std::vector<UpdateItem>& items, const UpdateKernel& kernel,
-                   const Room& room) {
-  constexpr double kStart = 1.0;  // tiles
+                   const Kind& kind, const Room& room) {
+  const bool quick = kind.rank <= 64;      // to read V
+  const double start = quick ? 1.0 : 4.0;  // tiles
   const auto resident = room.processors * kernel.resident;
-  int64_t best = 1;
-  double best_time = INFINITY;
-  int64_t most = kMostTiles;
+  int64_t most =
+      (quick ? 256 << 10 : 1 << 20) / (16 * kernel.warps * kernel.columns * size_of(kind.weight));
 #if defined(SUBZERO_TUNE)
   if (const char* const given = std::getenv("SUBZERO_TUNE_TILES")) most = std::atoi(given);
 #endif
+  int64_t best = 1;
+  double best_time = INFINITY;
   for (int64_t tiles = most; tiles > 0; --tiles) {
     int64_t units = 0;
     double work = 0;
     for (const UpdateItem& item : items) {
-      const int64_t mine = tiles_of(item, kernel, tiles);
-      const int64_t count = units_of(item, kernel, mine);
+      const int64_t count = units_of(item, kernel, tiles_of(item, kernel, tiles));
       units += count;
-      work += static_cast<double>(units_of(item, kernel, 1)) + kStart * static_cast<double>(count);
+      work += static_cast<double>(units_of(item, kernel, 1)) + start * static_cast<double>(count);
     }
-    // Rounds of resident blocks. The memory is busy with most of them, and when few are left each
-    // is faster, up to twice.
+    // Rounds of resident blocks. Where few are left each is faster, up to twice, but a first round
+    // that is not full leaves memory idle.
     const double rest = static_cast<double>(units % resident) / static_cast<double>(resident);
-    const double least = units < resident ? 0.8 : 0.5;
+    const double least = units < resident ? 0.95 : 0.5;
     const double rounds =
         static_cast<double>(units / resident) + (rest > 0 ? std::max(rest, least) : 0.0);
     const double time = work / static_cast<double>(units) * rounds;
@@ -241,7 +243,7 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
     out.most_rank = std::max<int>(out.most_rank, item.rank);
     items.push_back(item);
   }
-  const int64_t tiles = best_tiles(items, kernel, room);
+  const int64_t tiles = best_tiles(items, kernel, kind, room);
   std::vector<uint32_t> first_unit, first_block;
   int64_t units = 0, blocks = 0, bytes = 0;
   // Where P is much work its blocks save themselves some of the time that C takes.

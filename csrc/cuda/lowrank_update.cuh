@@ -15,8 +15,6 @@ constexpr int64_t kMostRank = 256;
 // Strips of 16 rows and columns of P that a thread block makes at a time.
 constexpr int kLeftWarps = 8;
 constexpr int kLeftPanel = 32;
-// Tiles of rows to a block.
-constexpr int kMostTiles = 64;
 
 // One matrix, or some of its rows. Thread blocks take chunks of columns and, of their tiles of
 // rows, every so many-th.

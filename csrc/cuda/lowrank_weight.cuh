@@ -15,7 +15,7 @@ __device__ __forceinline__ float added_to(float w, float sum, const UpdateCall& 
   return fma_(call.decay, w, rest);
 }
 
-// 16 bytes of W with the sums added.
+// 16 bytes of W with the sums added, to nearest.
 template <class W>
 __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
                                            const UpdateCall& call) {
@@ -33,17 +33,18 @@ __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
   return x;
 }
 
+// The same by words.
 template <class W>
 __device__ __forceinline__ Bytes16 updated(const Bytes16& old, const float* sum,
                                            const UpdateCall& call, const uint32_t (&words)[8]) {
-  float x[8];
+  Bytes16 x;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 w = unpack(W{}, old.word[i]);
-    x[2 * i] = fma_(call.decay, w.x, sum[2 * i]);
-    x[2 * i + 1] = fma_(call.decay, w.y, sum[2 * i + 1]);
+    x.word[i] = round_pair(W{}, fma_(call.decay, w.x, sum[2 * i]),
+                           fma_(call.decay, w.y, sum[2 * i + 1]), words[2 * i], words[2 * i + 1]);
   }
-  return round_eight(W{}, x, words);
+  return x;
 }
 
 // The tiles of a thread block, `step` rows apart, whose rows begin at 16 bytes. They pass through

@@ -129,13 +129,6 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return packed;
 }
 
-// Towards zero: what does not fit is cut off.
-__device__ __forceinline__ uint32_t cut_f16(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
 __device__ __forceinline__ float low_bf16(uint32_t packed) {
   return bits_float(packed << 16);
 }

@@ -85,7 +85,7 @@ template <int kPending> inline void wait_for_copies() { emu::finish_copies(kPend
 inline float largest_of(float x) { for (int o = 16; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o)); return x; }
 inline uint32_t pack_bf16(float low, float high) { bf16 a, b; round_nearest(low, a); round_nearest(high, b); return (uint32_t)b.bits << 16 | a.bits; }
 inline uint32_t pack_f16(float low, float high) { f16 a, b; round_nearest(low, a); round_nearest(high, b); return (uint32_t)b.bits << 16 | a.bits; }
-inline uint32_t cut_f16(float low, float high) { auto cut = [](float x) -> uint32_t { uint32_t b = float_bits(x), s = b & 0x7fffffffu; if (s < 0x38800000u || s >= 0x47800000u) return 0xdead; return (s - 0x38000000u) >> 13 | (b >> 16 & 0x8000u); }; return cut(high) << 16 | cut(low); }
+
 inline float low_bf16(uint32_t p) { return bits_float(p << 16); }
 inline float high_bf16(uint32_t p) { return bits_float(p & 0xffff0000u); }
 inline float2 unpack_f16(uint32_t p) { return {to_float(f16{(uint16_t)p}), to_float(f16{(uint16_t)(p >> 16)})}; }

@@ -87,7 +87,7 @@ METHODS: dict[str, Method] = {
     "core-rows": Method(
         "subzero", _CORE | dict(queries=32),
         {0: lrs(2e-2, 4e-2), 300: lrs(2e-2, modules="all", queries=64) + lrs(2e-2, 4e-2),
-         2000: lrs(5e-3, 1e-2, modules="all", queries=64) + lrs(1e-2, queries=64)},
+         2000: lrs(5e-3, 1e-2, modules="all", queries=64) + lrs(3e-3, 1e-2, queries=64)},
     ),
     "right-rows": Method(
         "subzero", _RIGHT | dict(queries=32),

@@ -183,6 +183,27 @@ def test_planner_resumes_from_a_file(study, methods, tmp_path):
     assert [job["seed"] for job in jobs] == [1, 2, 4]
 
 
+def test_own_cells_choose_on_dev_and_keep_the_time(study, tmp_path):
+    """Choices of an earlier run take part; what would not end in time is left."""
+    low, high, old = ({"lr": lr} for lr in (0.1, 0.2, 0.3))
+    cell = dict(task="sst2", method="full-whole", budget=100, choices=[low, high], seeds=[0, 1])
+    path = tmp_path / "jobs.json"
+    path.write_text(study.json.dumps([cell | {"expected": 60}]))
+    earlier = [record(study, old, 0.7), record(study, {"lr": 0.4}, 0.6)]
+    planner = study.Planner(arguments(jobs=path), earlier)
+    assert planner.next(left=59) is None
+    jobs = drain(planner)
+    assert [(job["choice"], job["test"]) for job in jobs] == [(low, False), (high, False)]
+    planner.finished(record(study, low, 0.65))
+    assert planner.next() is None
+    planner.finished(record(study, high, 0.68))
+    jobs = drain(planner)
+    assert [(job["choice"], job["test"], job["seed"]) for job in jobs] == [
+        (old, True, 0),
+        (old, True, 1),
+    ]
+
+
 def test_candidates_are_those_of_the_nearest_budget_below(methods):
     spec = methods.Method(
         "mezo", choices={0: [{"lr": 1.0}], 300: [{"lr": 2.0}]}, by_token={200: [{"lr": 3.0}]}

@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "learning"
 PAGE = ROOT / "docs" / "recipes.md"
-LOCAL = ("report", "study", "run", "methods", "data")  # modules that import each other by name
+# modules that import each other by name
+LOCAL = ("report", "study", "run", "methods", "experiments", "data")
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,7 @@ def measure(
             "matrices": len(case.shapes),
             "dtype": case.dtype,
             "rank": case.rank,
+            "kind": first.kind,
             "contestant": name,
             "us": round(us, 2),
             "tb_s": round(speed, 4),

@@ -152,6 +152,7 @@ def measure(
             "op": case.op,
             "what": case.what,
             "dtype": case.dtype,
+            "kind": work.kind,
             "contestant": name,
             "us": round(us, 2),
             "gnormals_s": round(work.normals / us / 1e3, 1),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import subzero_kernels as sk
+from subzero_kernels import backends
 from subzero_kernels.rng import normals, round_stochastic, rounding_stream, words
 
 EPS = 1e-3
@@ -87,6 +88,11 @@ class Weights:
         """mu Z of weight i in float64; mu is an fp32 number by the contract."""
         mu = torch.tensor(math.sqrt(self.ws[i].numel()) / rank).item()
         return mu * normals(self.rng, self.streams[i], rank**2).view(rank, rank).double()
+
+    @property
+    def kind(self) -> str:
+        """Under which the backends are compared."""
+        return backends.kind_of(self.ws[0].dtype, self.ws[0].numel(), self.us[0].shape[1])
 
     # ---- ours, on the backend that SUBZERO_BACKEND names
 

@@ -12,6 +12,7 @@ from gpu_bench import Call
 from torch import Tensor
 
 import subzero_kernels as sk
+from subzero_kernels import backends
 from subzero_kernels.rng import normals, row_normals
 
 EPS = 1e-3
@@ -55,6 +56,11 @@ class Work:
         self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
         self.rng = sk.make_rng(1, 2, device)
 
+    @property
+    def kind(self) -> str:
+        """Under which the backends are compared."""
+        raise NotImplementedError
+
     def ours(self) -> None:
         raise NotImplementedError
 
@@ -72,6 +78,10 @@ class Normal(Work):
         self.normals = case.rows * case.columns * case.queries
         self.out = torch.empty(self.normals, dtype=self.dtype, device=device)
         self.bytes = self.out.nbytes
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.out.numel())
 
     def ours(self) -> None:
         sk.normal_(self.out, self.rng, STREAM)
@@ -111,6 +121,10 @@ class PerturbDense(Work):
         self.streams = [sk.stream_id(sk.PURPOSE_DENSE, i) for i in range(len(sizes))]
         self.coeff = torch.full((1,), EPS, device=device)
         self.normals, self.bytes = sum(sizes), 2 * self.buffer.nbytes
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.ws[0].numel())
 
     def ours(self) -> None:
         sk.perturb_dense_(self.ws, self.coeff, self.rng, streams=self.streams)
@@ -154,6 +168,10 @@ class AddNoise(Work):
         self.normals = len(self.noisy) * case.columns
         self.bytes = 2 * self.normals * self.dtype.itemsize
 
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.y.numel())
+
     def ours(self) -> None:
         sk.add_noise_(self.y, self.scale, self.query, self.rows, self.rng, stream=STREAM)
 
@@ -190,6 +208,10 @@ class NoiseOuter(Work):
         self.rows = torch.arange(case.rows, device=device)
         self.out = torch.empty(case.columns, case.width, device=device)
         self.normals = case.queries * case.rows * case.columns
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.case.rows * self.case.columns, self.case.width)
 
     def ours(self) -> None:
         sk.noise_outer_(self.out, self.weight, self.a, self.rows, self.rng, stream=STREAM)
@@ -236,6 +258,10 @@ class CoreNoise(Work):
         self.streams = [sk.stream_id(sk.PURPOSE_CORE, i) for i in range(count)]
         self.normals = count * case.width**2
         self.bytes = (groups + 1) * self.normals * 4
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(torch.float32, self.bases[0].numel())
 
     def ours(self) -> None:
         mu = [1.0] * len(self.bases)

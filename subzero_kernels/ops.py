@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import validate
-from .backends import LARGE, choose, kind_of
+from .backends import choose, kind_of
 
 NAMESPACE = "subzero"
 
@@ -39,8 +39,33 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 OPS: list[str] = []
 
 
+# ---- what is measured of a call, from the tensor that decides the backend and the arguments
+
+
+def _kind_by_lead(lead: Tensor, *args: Any) -> str:
+    return kind_of(lead.dtype, lead.numel())
+
+
+def _kind_by_factors(lead: Tensor, w: object, u: Tensor, *args: Any) -> str:
+    return kind_of(lead.dtype, lead.numel(), u.shape[1])
+
+
+def _kind_by_lists(lead: Tensor, ws: object, us: Sequence[Tensor], *args: Any) -> str:
+    return kind_of(lead.dtype, lead.numel(), us[0].shape[1])
+
+
+def _kind_by_product(lead: Tensor, out: Tensor, weight: object, a: Tensor, *args: Any) -> str:
+    return kind_of(a.dtype, a.shape[0] * out.shape[0], a.shape[1])
+
+
+# ---- definitions
+
+
 def _define(
-    schema: str, check: Callable[..., Tensor | None], result: Callable[..., Tensor] | None = None
+    schema: str,
+    check: Callable[..., Tensor | None],
+    result: Callable[..., Tensor] | None = None,
+    kind_by: Callable[..., str] = _kind_by_lead,
 ) -> Callable[..., Any]:
     """Register an op and return its bound overload; ``result`` makes what a fake call returns."""
     name = schema.partition("(")[0]
@@ -49,9 +74,8 @@ def _define(
         lead = check(*args, **kwargs)
         if lead is None:
             return None
-        dtype = lead.dtype
-        kind = kind_of(dtype, lead.numel() >= LARGE)
-        chosen = choose(name, lead.device.type, dtype is torch.float64, kind)
+        float64 = lead.dtype is torch.float64
+        chosen = choose(name, lead.device.type, float64, kind_by(lead, *args))
         return chosen.function(*args, **kwargs)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
@@ -78,11 +102,13 @@ _perturb_ = _define(
     "perturb_(Tensor(a!) w, Tensor u, Tensor v, Tensor coeff, Tensor rng, *, SymInt stream,"
     " str rounding='nearest') -> ()",
     validate.check_perturb_,
+    kind_by=_kind_by_factors,
 )
 _perturb_many_ = _define(
     "perturb_many_(Tensor(a!)[] ws, Tensor[] us, Tensor[] vs, Tensor coeff, Tensor rng, *,"
     " SymInt[] streams, str rounding='nearest') -> ()",
     validate.check_perturb_many_,
+    kind_by=_kind_by_lists,
 )
 _perturb_dense_ = _define(
     "perturb_dense_(Tensor(a!)[] ws, Tensor coeff, Tensor rng, *, SymInt[] streams,"
@@ -98,6 +124,7 @@ _fold_ = _define(
     "fold_(Tensor(a!) w, Tensor u, Tensor v, Tensor core, *, float decay=1.0,"
     " str rounding='nearest', Tensor? rng=None, SymInt stream=0) -> ()",
     validate.check_fold_,
+    kind_by=_kind_by_factors,
 )
 _add_noise_ = _define(
     "add_noise_(Tensor(a!) y, Tensor scale, Tensor query, Tensor rows, Tensor rng, *,"
@@ -108,6 +135,7 @@ _noise_outer_ = _define(
     "noise_outer_(Tensor(a!) out, Tensor weight, Tensor a, Tensor rows, Tensor rng, *,"
     " SymInt stream, float beta=0.0) -> ()",
     validate.check_noise_outer_,
+    kind_by=_kind_by_product,
 )
 _lowrank_linear = _define(
     "lowrank_linear(Tensor x, Tensor w, Tensor? bias, Tensor u, Tensor v, Tensor core) -> Tensor",

@@ -62,6 +62,9 @@ def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys):
     assert {row["contestant"] for row in rows} == {"reference", "eager", "addmm_", "add_"}
     assert all(float(row["us"]) > 0 and float(row["x_eager"]) > 0 for row in rows)
     assert all(float(row["error"]) <= 1 and float(row["host_us"]) > 0 for row in ours)
+    kinds = {(row["op"], row["what"], row["kind"]) for row in ours if row["dtype"] == "bf16"}
+    assert ("perturb_", "64x48", "bfloat16 small rank 16") in kinds
+    assert ("fold_", "tiny", "bfloat16 small rank 16") in kinds
     shown = capsys.readouterr().out
     assert shown.count("reference") > len(ours) and "target 60 us" in shown
 

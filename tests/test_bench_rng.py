@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from subzero_kernels import backends
+from subzero_kernels import backends, ops
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ON_CPU = ["--device", "cpu", "--tiny", "--no-compile", "--repeats", "1", "--backend", "reference"]
@@ -32,8 +32,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
             del sys.modules[name]
 
 
-def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys):
-    path = tmp_path / "rng.csv"
+def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys, monkeypatch):
+    path, asked, choose = tmp_path / "rng.csv", set(), backends.choose
+
+    def noted(op, device, float64=False, kind=""):
+        asked.add((op, kind))
+        return choose(op, device, float64, kind)
+
+    monkeypatch.setattr(ops, "choose", noted)
     bench.main([*ON_CPU, "--output", str(path)])
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -41,6 +47,8 @@ def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys):
     assert {row["op"] for row in ours} == set(bench.WORK)
     assert all(0 <= float(row["error"]) <= 1 and float(row["us"]) > 0 for row in ours)
     assert {row["contestant"] for row in rows} == {"reference", "eager", "add_", "normal_"}
+    # A row bears the kind by which its op chooses the backend.
+    assert {(row["op"], row["kind"]) for row in ours} <= asked
     assert "WRONG" not in capsys.readouterr().out
 
 

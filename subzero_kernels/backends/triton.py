@@ -58,7 +58,7 @@ OPS = frozenset(
 DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
 
 # Widths of A that noise_outer_ multiplies where it makes the noise; wider ones go through cuBLAS,
-# with the noise of this many elements at a time.
+# with the noise of this many elements at a time, but no more than `out` has.
 _NATIVE_WIDTH = 128
 _NOISE_ELEMENTS = 1 << 22
 # noise_outer_ makes at least this many programs, as far as their sums fit into 1 MiB.
@@ -229,7 +229,7 @@ def _wide_outer(
     if not count:
         out.mul_(beta) if beta else out.zero_()
     shape = shapes.SUM
-    step = max(1, _NOISE_ELEMENTS // columns)
+    step = max(1, min(_NOISE_ELEMENTS, out.numel()) // columns)
     for start in range(0, count, step):
         part = slice(start, start + step)
         some = len(rows[part])

@@ -10,7 +10,10 @@ by more than :data:`MARGIN`; and the other one where that one cannot run. The me
 A backend is a module of this package with the op's own name and arguments as plain functions,
 ``OPS`` (the names it has) and ``available()`` (whether it runs here, and why). It may have
 ``DEVICES``, the types of device that it takes where they are not those of its name, and a
-``perturb_plan(ws, us, vs, streams)`` of its own, whose ``perturb_`` a plan then calls.
+``perturb_plan(ws, us, vs, streams)`` of its own, whose ``perturb_`` a plan calls, and for an op
+on lists a ``prepare_<op>``: it takes the op's arguments and returns what runs the op on the same
+lists with any ``coeff`` and ``rng`` (of the same shapes, as ``run(coeff, rng)``), or None. That may
+hold addresses, but no tensor: it is kept for calls to come (:mod:`subzero_kernels.known`).
 Backends trust their inputs: :mod:`subzero_kernels.validate` has checked them.
 """
 

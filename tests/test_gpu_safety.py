@@ -213,4 +213,4 @@ def test_an_error_of_the_driver_is_a_runtime_error_that_names_the_op_and_what_it
     assert list(messages) == list(OPS), done.stderr
     for op, message in messages.items():
         assert re.match(rf"{op}: .*capture", message), message
-        assert re.search(r"\(\d+, |\(\d+,\)|\d+ tensors", message), message
+        assert re.search(r"\(\d+, \d+", message), message

@@ -184,9 +184,9 @@ rng = cases["normal_"].rng()
 for name, case in cases.items():
     case.run(written[name], rng)
 torch.cuda.synchronize()
-side = torch.cuda.Stream()
+side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
 with torch.cuda.stream(side):
-    torch.cuda.CUDAGraph().capture_begin()
+    graph.capture_begin()
     try:
         side.synchronize()
     except RuntimeError:

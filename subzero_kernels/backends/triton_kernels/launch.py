@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ def launch(
     grid: tuple[int, ...],
     device: torch.device,
     *args: Any,
-    on: str = "",
+    on: str | Sequence[torch.Tensor] = (),
     **options: Any,
 ) -> None:
     """Run ``kernel``; whatever Triton or the driver says becomes a RuntimeError that names the op
-    and the shapes: ``on``, where a table hides the tensors, else those of ``args``.
+    and the shapes: of ``on`` where given (text where a table hides the tensors), else of ``args``.
 
     fma is fused where the source says so and nowhere else, or normals would have other bits.
     """
@@ -52,8 +53,10 @@ def launch(
         try:
             kernel[grid](*args, enable_fp_fusion=False, **options)
         except Exception as error:
-            shapes = [str(tuple(a.shape)) for a in args if isinstance(a, torch.Tensor)]
+            if not isinstance(on, str):
+                tensors = on or [a for a in args if isinstance(a, torch.Tensor)]
+                on = "tensors " + ", ".join(str(tuple(t.shape)) for t in tensors)
             raise RuntimeError(
                 f"{op}: Triton {triton.__version__} could not run {kernel.fn.__name__} on {device} "
-                f"(grid {grid}, {on or 'tensors ' + ', '.join(shapes)}): {error}"
+                f"(grid {grid}, {on}): {error}"
             ) from error

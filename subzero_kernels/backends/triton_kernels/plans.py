@@ -251,7 +251,7 @@ def update_one(
             launch(
                 op, core_kernel, (-(-rank * rank // (4 * shapes.CORE.units)),), device,
                 core, coeff, coeff.shape[0], rng, rank * rank, signed(stream), mu,
-                N=shapes.CORE.units, num_warps=shapes.CORE.warps,
+                N=shapes.CORE.units, num_warps=shapes.CORE.warps, on=(w, u, v),
             )  # fmt: skip
     some = core if rng is None else rng  # nothing reads it
     high = torch.tensor(decay, dtype=torch.float32, device="cpu").item()
@@ -259,5 +259,5 @@ def update_one(
         op, update_one_kernel, (items,), device,
         w, u, v, core, core if coeff is None else coeff, 0 if coeff is None else coeff.shape[0],
         some, m, n, *strides, rank, signed(stream), mu, tiles, across, high, decay - high,
-        DRAW=draw, DECAY=decay != 1.0, **kind.constants(stochastic),
+        DRAW=draw, DECAY=decay != 1.0, on=(w, u, v), **kind.constants(stochastic),
     )  # fmt: skip

@@ -35,7 +35,7 @@ class Case(NamedTuple):
         return DTYPES[self.dtype].itemsize * sum(math.prod(shape) for shape in self.shapes)
 
     def __str__(self) -> str:
-        return f"{self.op:<14}{self.what:<13}{self.dtype:<5} r{self.rank:<4}"
+        return f"{self.op:<14}{self.what:<12} {self.dtype:<5} r{self.rank:<4}"
 
 
 def eager_line(w: Tensor, u: Tensor, z: Tensor, v: Tensor) -> None:

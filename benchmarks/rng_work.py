@@ -35,7 +35,7 @@ class Case(NamedTuple):
     shapes: tuple[tuple[int, ...], ...] = ()  # of a model's tensors
 
     def __str__(self) -> str:
-        return f"{self.op:<15}{self.what:<16}{self.dtype:<5}"
+        return f"{self.op:<15}{self.what:<15} {self.dtype:<5}"
 
 
 def allowed(got: Tensor, exact: Tensor, added: Tensor) -> float:

@@ -27,7 +27,8 @@ def _nothing_known(monkeypatch):
 def good(op: str) -> dict:
     """Arguments of two matrices: 6 x 4 at rank 2 in a buffer of 48, cores 2 x 2."""
     buffer = torch.zeros(60)
-    coeff, rng, streams = torch.tensor([0.5]), sk.make_rng(1, 2), [3, 4]
+    coeff, streams = torch.tensor([0.5]), [3, 4]
+    rng = sk.make_rng(1, 2, coeff.device)
     shared = dict(rng=rng, streams=streams)
     if op == "core_noise_":
         base = [torch.zeros(2, 2), torch.zeros(2, 2)]
@@ -262,3 +263,46 @@ def test_what_the_checks_ask_more_of_is_never_known():
 def test_every_op_on_lists_is_known_again():
     schemas = {op: str(getattr(torch.ops.subzero, op).default._schema) for op in ops.OPS}
     assert sorted(op for op, schema in schemas.items() if "[] " in schema) == sorted(OPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_known_call_runs_on_other_streams_and_in_a_graph(op, backend, monkeypatch, checked):
+    """With the bits of the first one, on the default stream, each time."""
+    if backends.load(backend)[0] is None:
+        pytest.skip(backends.load(backend)[1])
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    torch.set_default_device("cuda")
+    try:
+        arguments = good(op)
+        outputs = written(arguments)
+
+        def again() -> None:
+            getattr(sk, op)(**arguments)
+
+        def zeroed() -> None:
+            for t in outputs:
+                t.zero_()
+
+        again()
+        once, count = [t.clone() for t in outputs], len(checked)
+        side = torch.cuda.Stream()
+        zeroed()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            again()
+        side.synchronize()
+        assert all(map(torch.equal, outputs, once))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again()
+        zeroed()
+        graph.replay()
+        assert all(map(torch.equal, outputs, once)) and len(checked) == count
+        arguments["rng"][1] += 1  # the draw
+        zeroed()
+        graph.replay()
+        assert not any(map(torch.equal, outputs, once))
+    finally:
+        torch.set_default_device(None)

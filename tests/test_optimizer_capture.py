@@ -1,7 +1,8 @@
 """``run = opt.capture(batch, objective)``: the captured step is the step, bit for bit.
 
-On a CPU, which has no graphs, ``run`` is the step itself, and what a graph relies on can be seen
-there: every tensor that outlives a step stays where it is.
+On a CPU, which has no graphs, ``run`` is the step itself; graph_emulator.py makes graphs there that
+replay ops on the same memory. What they rely on is seen too: every tensor that outlives a step
+stays where it is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_emulator import emulated  # noqa: F401 - a fixture
 from tiny_models import batch, build, per_example, same_bits, snapshot
 from torch import Tensor, nn
 
@@ -23,12 +25,21 @@ GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("emulated"), pytest.param("cuda", marks=GPU)]
 OPTIONS: dict[str, Any] = dict(lr=1e-2, eps=1e-2, rank=4, queries=4, seed=5, refresh_every=3)
 RULES = ["sgd", "momentum", "adam", "norm", "muon"]
 
-on_devices = pytest.mark.parametrize("device", DEVICES)
-on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+on_devices = pytest.mark.parametrize("device", DEVICES, indirect=True)
+on_graphs = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+on_gpu = pytest.mark.parametrize("device", DEVICES[2:], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, the CPU with graphs that graph_emulator.py makes, or a GPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 def batches(count: int, device: str, tokens: int = 7, examples: int = 3) -> list[dict[str, Tensor]]:
@@ -92,12 +103,12 @@ def waiting_is_an_error(device: str) -> Iterator[None]:
 @pytest.mark.parametrize("apply", ["forward", "in_place"])
 @pytest.mark.parametrize("rule", RULES)
 def test_captured_equals_uncaptured_across_windows_and_a_fold(
-    device: str, rule: str, apply: str
+    device: str, rule: str, apply: str, request: pytest.FixtureRequest
 ) -> None:
     step, captured = twins("llama", device, rule=rule, apply=apply)
     data = batches(8, device)
     run = captured.capture(data[0], per_example(captured.model))
-    assert (run.graph is None) == (device == "cpu")
+    assert (run.graph is None) == ("emulated" not in request.node.name and device == "cpu")
     assert_same(step, captured)  # capturing makes no step
     for i, b in enumerate(data):  # windows open at the fourth and the seventh
         expected = step.step(b, per_example(step.model))
@@ -126,9 +137,43 @@ def test_every_architecture_is_captured(device: str, name: str, dtype: torch.dty
 
 
 @on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_a_mask_takes_the_causal_kernel_in_both(
+    device: str, dtype: torch.dtype
+) -> None:
+    step, captured = twins("llama", device, dtype=dtype)
+    for opt in (step, captured):
+        opt.model.config.use_cache = False  # with a cache transformers does not look for packing
+    data = [{"input_ids": b["input_ids"]} for b in batches(4, device, tokens=24)]
+    run = captured.capture(data[0], per_example(captured.model))
+    for b in data:
+        assert torch.equal(run(b), step.step(b, per_example(step.model)))
+    assert_same(step, captured)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_mask_is_built_only_where_sequences_may_be_packed(packs: bool) -> None:
+    opt, _ = twins("llama", "cpu")
+    opt.model.config.use_cache = False  # with a cache transformers does not look for packing
+    masks: list[bool] = []
+    layer = opt.model.model.layers[0].self_attn
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"] is not None),
+        with_kwargs=True,
+    )
+    b = {"input_ids": batch()["input_ids"]}
+    if packs:
+        b["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 3)
+    opt.capture(b, per_example(opt.model))
+    assert masks and set(masks) == {packs}
+
+
+@on_devices
 @pytest.mark.parametrize("kind", ["micro-batches", "words", "next", "next at", "labels"])
 def test_every_kind_of_objective_is_captured(device: str, kind: str) -> None:
-    step, captured = twins("llama", device, rule="momentum", weight_decay=0.1)
+    # a fold reads the product of the decays; no window ends here
+    step, captured = twins("llama", device, rule="momentum", weight_decay=0.1, refresh_every=100)
     data: list[Any] = batches(5, device)
     objectives: list[Any] = [per_example(opt.model) for opt in (step, captured)]
     masks: list[Any] = [None] * len(data)
@@ -407,25 +452,31 @@ def test_batches_from_the_cpu_are_copied_without_waiting(device: str) -> None:
 
 
 @on_gpu
-def test_a_closure_step_does_not_wait(device: str) -> None:
+def test_a_step_that_is_not_captured_does_not_wait(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.utils.import_utils as transformers_utils
+
+    # or transformers looks into the mask
+    monkeypatch.setattr(transformers_utils, "is_cuda_stream_capturing", lambda: True)
     step, _ = twins("llama", device, rule="norm")
-    data = batches(5, device)
-    del data[0]["attention_mask"]  # or transformers looks into it
+    b = batches(1, device)[0]
 
     def closure() -> Tensor:
-        return per_example(step.model)(data[0]).mean()
+        return per_example(step.model)(b).mean()
 
     step.step(closure)
     with waiting_is_an_error(device):
-        for _ in range(4):
+        for _ in range(4):  # a window opens
             step.step(closure)
-    assert step.steps == 5
+            step.step(b, per_example(step.model))
+    assert step.steps == 9
 
 
 # errors
 
 
-@on_gpu
+@on_graphs
 def test_what_cannot_be_captured_says_why_and_leaves_no_trace(device: str) -> None:
     step, captured = twins("llama", device)
     b = batches(1, device)[0]
@@ -437,12 +488,12 @@ def test_what_cannot_be_captured_says_why_and_leaves_no_trace(device: str) -> No
     with pytest.raises(RuntimeError, match="capture: expected .* synchroniz.*; keep the model"):
         captured.capture(b, reads)
     assert_same(step, captured)
-    assert torch.cuda.get_sync_debug_mode() == 0
+    assert device == "cpu" or torch.cuda.get_sync_debug_mode() == 0
     run = captured.capture(b, per_example(captured.model))
     assert torch.equal(run(b), step.step(b, per_example(step.model)))
 
 
-@on_gpu
+@on_graphs
 def test_more_positions_than_captured(device: str) -> None:
     _, captured = twins("llama", device)
     b = batches(1, device)[0]
@@ -455,7 +506,8 @@ def test_more_positions_than_captured(device: str) -> None:
     with pytest.raises(ValueError, match="expected at most 2 scored positions .* got 4; capture"):
         run(there, many.cpu())
     assert captured.steps == 1
-    assert not torch.isfinite(run(b, many)) and captured.skipped == 1
+    if device == "cuda":  # where the mask is not read before the step
+        assert not torch.isfinite(run(b, many)) and captured.skipped == 1
 
 
 def test_losses_of_more_positions_than_known_are_not_finite() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .groups import map_tensors, tensors_of
 from .losses import micro_masks
+from .masks import packed_as_before
 from .objectives import LogitsLoss
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 # Losses are handed out from a block of this many, so that a call allocates nothing and what it
 # returned stays as it is when the graph runs again.
 _LOSSES = 4096
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether steps on this device can be captured; elsewhere they are made as they are."""
+    return device.type == "cuda"
 
 
 class GraphMemory:
@@ -64,7 +70,7 @@ class CapturedStep:
 
         self._batch = map_tensors(batch, buffer)
         self._positions = map_tensors(positions, buffer)
-        if device.type == "cuda":
+        if has_graphs(device):
             self._widths = self._read_widths()
             with torch.cuda.device(device):
                 self._capture()
@@ -109,7 +115,7 @@ class CapturedStep:
         self._losses, self._given = self._loss.new_empty(_LOSSES), 0
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
-        with _leaving_no_trace(opt):
+        with _leaving_no_trace(opt), packed_as_before(self._batch) as packed:
             memory.stream.wait_stream(current)
             with torch.cuda.stream(memory.stream):
                 opt._rehearsing = True
@@ -117,6 +123,7 @@ class CapturedStep:
                 opt._rehearsing = False
             current.wait_stream(memory.stream)
             opt._capturing = True
+            packed.repeat()
             before = torch.cuda.get_sync_debug_mode()
             try:
                 # other threads, of data loaders, may use the device meanwhile

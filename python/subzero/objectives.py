@@ -22,6 +22,7 @@ from .rows import (
     last_positions,
     main_grid,
     next_positions,
+    readable,
     scored_positions,
     take,
     token_labels,
@@ -179,7 +180,7 @@ class _NextToken(LogitsLoss):
         if positions is None:
             return own
         mask = super().scored(batch, positions) & own
-        if mask.device.type == "cpu" and not bool(mask.any()):
+        if readable(mask) and not bool(mask.any()):
             raise ValueError(
                 "positions: expected at least one token with a real successor, or before a label "
                 "other than -100, got none; mark the token in front of one that is predicted"

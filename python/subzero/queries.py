@@ -30,6 +30,7 @@ from .rows import (
     encoder_grid,
     main_grid,
     make_grid,
+    readable,
     require_scored,
     scored_positions,
     take,
@@ -148,7 +149,7 @@ class ActivationEvaluator:
             grid = make_grid(examples, tokens, self.path.device, first=first)
         noisy = grid.real if self.options.where == "all" else scored
         assert noisy is not None
-        if scored is not None and scored.device.type != "cpu":
+        if scored is not None and not readable(scored):
             require_scored(scored)
         index, valid = compact(grid.real if scored is None else scored)
         source = encoder_grid(named, examples, first) if self.options.where == "all" else None

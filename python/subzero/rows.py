@@ -187,9 +187,14 @@ def scored_positions(
         return None
     if grid is not None:
         mask = mask.to(grid.real.device) & grid.real
-    if mask.device.type == "cpu":
+    if readable(mask):
         require_scored(mask)
     return mask
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def require_scored(mask: Tensor) -> None:

@@ -11,7 +11,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test test-gpu lint format bench wheel clean
+.PHONY: help finetune test test-gpu sanitize lint format bench wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,17 @@ test: $(VENV)/.dev lint  ## everything CI runs: lint, types, the whole CPU suite
 
 test-gpu: $(VENV)/.dev  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+# memcheck knows the ends of a tensor only if that is an allocation of its own; torch's kernels, of
+# which each test runs many, are not looked at
+SANITIZER ?= compute-sanitizer
+SANITIZE := $(SANITIZER) --error-exitcode 1 --report-api-errors no --kernel-name kernel_substring=subzero
+SMALL := $(BIN)/python -m pytest -q -m sanitize tests/test_native_cuda_small.py
+
+sanitize: $(VENV)/.dev  ## every CUDA kernel under compute-sanitizer: memcheck, then racecheck
+	$(BIN)/python -c "from subzero_kernels.backends import cuda; ok, why = cuda.available(); exit(None if ok else why)"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(SMALL)
+	$(SANITIZE) --tool racecheck $(SMALL)
 
 lint: $(VENV)/.dev  ## ruff, mypy and clang-format, without changing a file
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """perturb_, perturb_many_ and fold_ on a GPU against the memory's own speed and what torch offers.
 
-    python benchmarks/bench_perturb.py --quick             # what has a target, about 40 s
-    python benchmarks/bench_perturb.py                     # all shapes, dtypes, ranks: 4 minutes
+    python benchmarks/bench_perturb.py --quick             # what has a target, no torch.compile
+    python benchmarks/bench_perturb.py                     # all shapes, dtypes, ranks
     python benchmarks/bench_perturb.py --shape 5120x5120 --dtype bf16 --rank 64 --backend cuda
     python benchmarks/bench_perturb.py --profile --shape 5120x5120 --dtype bf16 --rank 64
     python benchmarks/bench_perturb.py --plot --output benchmarks/results/perturb_h200.csv
@@ -21,37 +21,43 @@ ceilings: a copy and an in-place add of 2 GiB in the same run. A line of the tab
     peak          bytes allocated beyond the arguments
     host us       until the call returns; lists: of the op that takes lists, without a plan
     error         of the worst matrix, as a fraction of what the contract allows
-The CSV in benchmarks/results has a row for each contestant, the plot is made from it.
+What has a target comes first; a model that the free memory cannot hold is cut to the layers that
+fit, and named so; a case that fails stops no other. The CSV in benchmarks/results has a row for
+each contestant, the plot is made from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_bench import (
-    MODELS,
-    RANKS,
     RESULTS,
     Call,
     Ceilings,
+    attempt,
     interleaved_us,
     machine,
     measure_ceilings,
-    opt_13b_lora,
+    on_backend,
     peak_bytes,
     profile_once,
+    release_memory,
     rotated,
+    those_that_run,
     under_ncu,
+    usable,
     write_csv,
 )
+from model_shapes import MODELS, RANKS, fitted, memory_for_weights, opt_13b_lora, whole
 from perturb_weights import DTYPES, Case, Weights, worst_error
 
 import subzero_kernels as sk
@@ -79,14 +85,19 @@ TARGETS_US = {("perturb_many_", LORA, 8): 60.0}
 def model_cases(options: argparse.Namespace) -> Iterator[Case]:
     if options.shape:
         return
-    names = options.model or (["OPT-13B", "OPT-1.3B"] if options.quick else list(MODELS))
-    for name in names:
-        shapes = MODELS[name].matrices
+    memory = memory_for_weights(options.device)
+    for name in options.model or MODELS:
         for dtype in options.dtype or DTYPES:
+            size = DTYPES[dtype].itemsize
+            found = attempt(
+                name, lambda name=name, size=size: fitted(name, MODELS[name], size, memory)
+            )
+            if not found:
+                continue
+            what, shapes = found[0], found[1].matrices
             for rank in options.rank or [RANKS[name]]:
-                yield Case("perturb_many_", name, shapes, shapes, dtype, rank)
-                if not options.quick or (name == "OPT-13B" and dtype != "fp32"):
-                    yield Case("fold_", name, shapes, shapes, dtype, rank)
+                yield Case("perturb_many_", what, shapes, shapes, dtype, rank)
+                yield Case("fold_", what, shapes, shapes, dtype, rank)
 
 
 def lora_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -101,32 +112,42 @@ def lora_cases(options: argparse.Namespace) -> Iterator[Case]:
 def single_cases(options: argparse.Namespace) -> Iterator[Case]:
     if options.model:
         return
-    shapes, ranks = (SHAPES[:1], [64, 128]) if options.quick else (SHAPES, SHAPE_RANKS)
-    for shape in options.shape or shapes:
+    for shape in options.shape or SHAPES:
         for dtype in options.dtype or DTYPES:
-            for rank in options.rank or ranks:
+            for rank in options.rank or SHAPE_RANKS:
                 if rank <= min(shape):
                     what = "x".join(map(str, shape))
                     yield Case("perturb_", what, [shape], [shape], dtype, rank)
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    yield from model_cases(options)
-    yield from lora_cases(options)
-    yield from single_cases(options)
+def target_of(op: str, what: str, dtype: str, rank: int) -> tuple[str, float] | None:
+    """A column of the row and the number that it should reach: us at most, of_add at least."""
+    key = op, whole(what), rank
+    if key in TARGETS_US:
+        return "us", TARGETS_US[key]
+    least = TARGETS.get(key, (None, None))[dtype == "fp32"]
+    return None if least is None else ("of_add", least)
+
+
+def has_target(case: Case) -> bool:
+    return target_of(case.op, case.what, case.dtype, case.rank) is not None
+
+
+def weights_key(case: Case) -> tuple[str, str, int]:
+    """Cases of one key are measured on the same weights."""
+    return case.what, case.dtype, case.rank
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """What has a target comes first, and next to it what is measured on the same weights."""
+    found = [*model_cases(options), *lora_cases(options), *single_cases(options)]
+    if options.quick:
+        return [case for case in found if has_target(case)]
+    first = {weights_key(case) for case in found if has_target(case)}
+    return sorted(found, key=lambda case: weights_key(case) not in first)
 
 
 # ---- one case
-
-
-def on_backend(name: str, call: Call) -> Call:
-    """The call with SUBZERO_BACKEND set, which the ops read each time."""
-
-    def run() -> None:
-        os.environ[backends.VARIABLE] = name
-        call()
-
-    return run
 
 
 def host_us(call: Call, repeats: int = 20) -> float:
@@ -139,15 +160,6 @@ def host_us(call: Call, repeats: int = 20) -> float:
         call()
         times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times)
-
-
-def attempt(label: str, call: Callable[[], Any]) -> Any:
-    """What the call returns; None, said aloud, where it fails: the others are worth their time."""
-    try:
-        return call()
-    except Exception as failure:
-        print(f"{label}: FAILED, {type(failure).__name__}: {failure}", flush=True)
-        return None
 
 
 def errors_of_right_ones(case: Case, weights: Weights, ours: list[str]) -> dict[str, float]:
@@ -164,13 +176,11 @@ def errors_of_right_ones(case: Case, weights: Weights, ours: list[str]) -> dict[
     return found
 
 
-def baselines(case: Case, weights: Weights, options: argparse.Namespace) -> list[str]:
+def baselines(case: Case, options: argparse.Namespace) -> list[str]:
     # Each shape, dtype and rank takes a second or two to compile; fp16 is as fast as bf16.
-    compiled = case.dtype == "bf16" or (case.dtype == "fp32" and not options.quick)
-    if options.compile and compiled and (case.op != "perturb_" or case.rank == 64):
-        run = weights.line("compiled")
-        if attempt(f"{case} compiled", lambda: run() or True):
-            return ["eager", "addmm_", "compiled"]
+    compiled = options.compile and not options.quick and case.dtype != "fp16"
+    if compiled and (case.op != "perturb_" or case.rank == 64):
+        return ["eager", "addmm_", "compiled"]
     return ["eager", "addmm_"]
 
 
@@ -185,9 +195,10 @@ def measure(
     first = copies[0]
     errors = errors_of_right_ones(case, first, ours)
     calls = {name: [on_backend(name, each.call(case.op)) for each in copies] for name in errors}
-    for name in baselines(case, first, options):
+    for name in baselines(case, options):
         calls[name] = [each.line(name) for each in copies]
     calls["add_"] = [each.add_ for each in copies]
+    calls = those_that_run(case, calls)
     times = interleaved_us(calls, options.repeats)
     rows = []
     for name, us in times.items():
@@ -198,6 +209,7 @@ def measure(
             "matrices": len(case.shapes),
             "dtype": case.dtype,
             "rank": case.rank,
+            "kind": first.kind,
             "contestant": name,
             "us": round(us, 2),
             "tb_s": round(speed, 4),
@@ -254,15 +266,13 @@ def show(row: dict[str, Any]) -> None:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    key = row["op"], row["what"], row["rank"]
-    if key in TARGETS_US:
-        met, target = row["us"] <= TARGETS_US[key], f"{TARGETS_US[key]:.0f} us"
-    else:
-        least = TARGETS.get(key, (None, None))[row["dtype"] == "fp32"]
-        if least is None:
-            return ""
-        met, target = row["of_add"] >= least, f"{least:.2f}"
-    return f"  target {target} {'met' if met else 'MISSED'}"
+    target = target_of(row["op"], row["what"], row["dtype"], row["rank"])
+    if target is None:
+        return ""
+    column, number = target
+    met = row[column] <= number if column == "us" else row[column] >= number
+    shown = f"{number:.0f} us" if column == "us" else f"{number:.2f}"
+    return f"  target {shown} {'met' if met else 'MISSED'}"
 
 
 # ---- the run
@@ -270,48 +280,44 @@ def verdict(row: dict[str, Any]) -> str:
 
 def weights_of(case: Case, device: str) -> list[Weights]:
     """Weights of the case; as many of them as it takes to leave the cache, if they are small."""
-    if case.what in MODELS:
-        return [Weights(case, device)]
     return rotated(lambda: Weights(case, device), case.bytes)
 
 
-def usable(names: list[str]) -> list[str]:
-    """Those of the backends that run here; says why of each."""
-    found = []
-    for name in names:
-        module, why = backends.load(name)
-        print(f"{name}: {why}")
-        if module is not None:
-            found.append(name)
-    return found
-
-
 def run(options: argparse.Namespace) -> None:
-    where = machine()
+    begun, where = time.perf_counter(), machine()
     print(f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
     ours = usable(options.backend)
     ceilings = measure_ceilings(options.device, options.ceiling_bytes)
     print(f"ceilings, TB/s: copy {ceilings.copy:.3f}, in-place add {ceilings.add:.3f}\n{header()}")
     rows: list[dict[str, Any]] = []
-    copies: list[Weights] = []
-    made_for: tuple[Any, ...] = ()
     try:
-        for case in cases(options):
-            key = case.what, case.dtype, case.rank
-            if key != made_for:
-                copies.clear()  # fp32 weights of 13B leave no room for others
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                copies, made_for = weights_of(case, options.device), key
-            rows += measure(case, copies, ours, ceilings, options)
+        for _, group in itertools.groupby(cases(options), weights_key):
+            rows += measured_group(list(group), ours, ceilings, options)
+            release_memory()  # fp32 weights of 13B leave no room for others
     finally:
         if rows:
             write_csv(options.output, rows, where)
+        print(f"{time.perf_counter() - begun:.0f} s")
+
+
+def measured_group(
+    group: list[Case], ours: list[str], ceilings: Ceilings, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of cases that share their weights; of those that fail, none."""
+    copies = attempt(str(group[0]), lambda: weights_of(group[0], options.device))
+    rows: list[dict[str, Any]] = []
+    for case in group if copies else []:
+
+        def one(case: Case = case) -> list[dict[str, Any]]:
+            return measure(case, copies, ours, ceilings, options)
+
+        rows += attempt(str(case), one) or []
+    return rows
 
 
 def profile(options: argparse.Namespace) -> None:
     """One call of the first case on the first backend, for ncu."""
-    case = next(cases(options))
+    case = cases(options)[0]
     call = on_backend(options.backend[0], Weights(case, options.device).call(case.op))
     profile_once(call)
 
@@ -326,7 +332,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="only what has a target")
+    add("--quick", action="store_true", help="what has a target, without torch.compile")
     add("--backend", nargs="+", default=["cuda", "triton"], choices=backends.NAMES)
     add("--dtype", nargs="+", choices=DTYPES)
     add("--rank", nargs="+", type=int)

@@ -10,7 +10,9 @@ add_, which reads and writes the same memory and does nothing else. Noise that t
 made again without its generator's state; ours is a function of seed, stream and draw.
 
 Correctness comes first: chosen rows, or all of noise_outer_, against float64. Then the ceilings, a
-copy and an in-place add of 2 GiB in the same run. A line of the table is one backend:
+copy and an in-place add of 2 GiB in the same run. What has a target comes
+first; a model that the free memory cannot hold is cut to the layers that fit, and named so; a case
+that fails stops no other. A line of the table is one backend:
     us            of the GPU alone
     G/s           normals made, in 10^9
     TB/s, of add  bytes of the noisy tensors read plus written; as a fraction of the add's ceiling
@@ -25,25 +27,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_bench import (
-    MODELS,
     RESULTS,
     Call,
     Ceilings,
+    attempt,
+    buffers_needed,
     interleaved_us,
     machine,
     measure_ceilings,
+    on_backend,
     peak_bytes,
     profile_once,
-    rotated,
+    release_memory,
+    those_that_run,
     under_ncu,
+    usable,
     write_csv,
 )
+from model_shapes import MODELS, Model, fitted, memory_for_weights, whole
 from rng_work import DTYPES, WORK, Case, Work
 
 from subzero_kernels import backends
@@ -57,44 +64,46 @@ OUTER_TARGET = 1.3  # times normal_ for as many normals
 SPARSE_TARGET = 5.0  # us more than the noisy rows alone
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    size: dict[str, int] = {}
-    models = ["OPT-13B"] if options.quick else list(MODELS)
-    if options.tiny:
-        size, models = dict(rows=70, columns=36, queries=2, width=5), ["tiny"]
+TINY = Model(2, [(33, 40), (40,)], [(7, 8)])
+TINY_SIZE = dict(rows=70, columns=36, queries=2, width=5)
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """What has a target comes first."""
     what = {
-        "normal_": ["as noise_outer_"],
-        "perturb_dense_": models,
+        "perturb_dense_": ["tiny"] if options.tiny else list(MODELS),
         "add_noise_": ["all rows", "those alone", "every 32nd"],
         "noise_outer_": ["all rows"],
         "core_noise_": ["update", "both signs"],
+        "normal_": ["as noise_outer_"],
     }
-    for op in options.op or WORK:
-        for kind in what[op]:
+    found = []
+    for op, kinds in what.items():
+        if op not in (options.op or WORK):
+            continue
+        for kind in kinds:
             for dtype in ["fp32"] if op == "core_noise_" else options.dtype or DTYPES:
-                yield Case(op, kind, dtype, **size)
+                found += case_of(op, kind, dtype, options)
+    found.sort(key=lambda case: not has_target(case))
+    return [case for case in found if has_target(case)] if options.quick else found
+
+
+def case_of(op: str, what: str, dtype: str, options: argparse.Namespace) -> list[Case]:
+    """The case, or none, said aloud, of a model of which no layer fits."""
+    if op != "perturb_dense_":
+        return [Case(op, what, dtype, **(TINY_SIZE if options.tiny else {}))]
+    model = TINY if options.tiny else MODELS[what]
+    memory = memory_for_weights(options.device)
+    found = attempt(what, lambda: fitted(what, model, DTYPES[dtype].itemsize, memory))
+    return [Case(op, found[0], dtype, shapes=tuple(found[1].tensors))] if found else []
+
+
+def has_target(case: Case) -> bool:
+    """Those alone have none of their own: every 32nd is measured by them."""
+    return case.op in ("add_noise_", "noise_outer_") or (case.op, whole(case.what)) in TARGETS
 
 
 # ---- one case
-
-
-def on_backend(name: str, call: Call) -> Call:
-    """The call with SUBZERO_BACKEND set, which the ops read each time."""
-
-    def run() -> None:
-        os.environ[backends.VARIABLE] = name
-        call()
-
-    return run
-
-
-def attempt(label: str, call: Callable[[], Any]) -> Any:
-    """What the call returns; None, said aloud, where it fails: the others are worth their time."""
-    try:
-        return call()
-    except Exception as failure:
-        print(f"{label}: FAILED, {type(failure).__name__}: {failure}", flush=True)
-        return None
 
 
 def errors_of_right_ones(case: Case, work: Work, names: list[str]) -> dict[str, float]:
@@ -117,11 +126,9 @@ def contestants(
     calls = {name: [on_backend(name, work.ours) for work in copies] for name in names}
     compiled = options.compile and not options.quick and case.dtype != "fp16"
     lines = [work.baselines(compiled) for work in copies]
-    for name, line in lines[0].items():
-        if name == "compiled" and not attempt(f"{case}compiled", lambda run=line: [run()]):
-            continue
+    for name in lines[0]:
         calls[name] = [on_backend(names[0], each[name]) for each in lines]  # normal_ is ours too
-    return calls
+    return those_that_run(case, calls)
 
 
 def measure(
@@ -145,6 +152,7 @@ def measure(
             "op": case.op,
             "what": case.what,
             "dtype": case.dtype,
+            "kind": work.kind,
             "contestant": name,
             "us": round(us, 2),
             "gnormals_s": round(work.normals / us / 1e3, 1),
@@ -192,7 +200,7 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def verdict(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Whether the target is met, if there is one; ``rows`` are all so far."""
-    least = TARGETS.get((row["op"], row["what"]), (None, None))[row["dtype"] == "fp32"]
+    least = TARGETS.get((row["op"], whole(row["what"])), (None, None))[row["dtype"] == "fp32"]
     if least is not None:
         return f"  target {least:.2f} {'met' if row['of_add'] >= least else 'MISSED'}"
     if row["op"] == "noise_outer_" and row["x_normal_"] != "":
@@ -219,47 +227,42 @@ def copies_of(case: Case, device: str) -> list[Work]:
     first = make(case, device)
     if first.bytes == 0 or case.op == "core_noise_":
         return [first]
-    return [first, *rotated(lambda: make(case, device), first.bytes)[1:]]
-
-
-def usable(names: list[str]) -> list[str]:
-    """Those of the backends that run here; says why of each."""
-    found = []
-    for name in names:
-        module, why = backends.load(name)
-        print(f"{name}: {why}")
-        if module is not None:
-            found.append(name)
-    return found
+    count = buffers_needed(first.normals * first.dtype.itemsize)
+    return [first, *(make(case, device) for _ in range(count - 1))]
 
 
 def run(options: argparse.Namespace) -> None:
-    where = machine()
+    begun, where = time.perf_counter(), machine()
     print(f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
     names = usable(options.backend)
     ceilings = measure_ceilings(options.device, 1 << 20 if options.tiny else 1 << 31)
     print(f"ceilings, TB/s: copy {ceilings.copy:.3f}, in-place add {ceilings.add:.3f}\n{header()}")
     rows: list[dict[str, Any]] = []
-    copies: list[Work] = []
     try:
         for case in cases(options):
-            copies.clear()  # fp32 weights of 13B leave no room for others
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            copies = copies_of(case, options.device)
-            measured = measure(case, copies, names, ceilings, options)
-            for row in measured:
+            release_memory()  # fp32 weights of 13B leave no room for others
+            measured = attempt(
+                str(case), lambda case=case: measured_anew(case, names, ceilings, options)
+            )
+            for row in measured or []:
                 if row["error"] != "":
-                    show(row, rows)
-            rows += measured
+                    show(row, [*rows, *measured])
+            rows += measured or []
     finally:
         if rows:
             write_csv(options.output, rows, where)
+        print(f"{time.perf_counter() - begun:.0f} s")
+
+
+def measured_anew(
+    case: Case, names: list[str], ceilings: Ceilings, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    return measure(case, copies_of(case, options.device), names, ceilings, options)
 
 
 def profile(options: argparse.Namespace) -> None:
     """One call of an op's first case on the first backend, for ncu."""
-    case = next(cases(options))
+    case = cases(options)[0]
     profile_once(on_backend(options.backend[0], WORK[case.op](case, options.device).ours))
 
 
@@ -268,7 +271,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="OPT-13B alone, without torch.compile")
+    add("--quick", action="store_true", help="what has a target, without torch.compile")
     add("--op", nargs="+", choices=WORK, help="only these")
     add("--backend", nargs="+", default=["cuda", "triton"], choices=backends.NAMES)
     add("--dtype", nargs="+", choices=DTYPES)

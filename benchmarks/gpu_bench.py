@@ -8,6 +8,7 @@ test can see that a benchmark works.
     calls = rotated(lambda: make(...), bytes_each)      # buffers past the L2, one call for each
     us = interleaved_us({"ours": calls, "addmm_": others})
     ceilings = measure_ceilings(device)                 # TB/s of a copy and of an in-place add
+    rows = attempt("label", lambda: measure(...)) or []   # one failure does not stop the rest
     write_csv(path, rows, machine())
 """
 
@@ -28,55 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from subzero_kernels import backends
+
 RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
-Shape = tuple[int, ...]
-
-
-# ---- shapes of models
-
-
-class Model(NamedTuple):
-    """The shapes of all parameters that fine-tuning trains."""
-
-    matrices: list[Shape]
-    vectors: list[Shape]
-
-    @property
-    def tensors(self) -> list[Shape]:
-        return self.matrices + self.vectors
-
-    @property
-    def numel(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.tensors)
-
-
-def _opt(layers: int, width: int) -> Model:
-    inner = 4 * width
-    layer = [*4 * [(width, width)], (inner, width), (width, inner)]
-    vectors = [*4 * [(width,)], (inner,), (width,), *4 * [(width,)]]  # biases, then norms
-    return Model(
-        [(50272, width), (2050, width), *layers * layer], [*layers * vectors, (width,), (width,)]
-    )
-
-
-def _llama3_8b() -> Model:
-    layer = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)]
-    layer += [(14336, 4096), (14336, 4096), (4096, 14336)]
-    return Model([(128256, 4096), (128256, 4096), *32 * layer], 65 * [(4096,)])
-
-
-MODELS = {
-    "OPT-1.3B": _opt(24, 2048),
-    "OPT-13B": _opt(40, 5120),
-    "Llama-3-8B": _llama3_8b(),
-}
-RANKS = {"OPT-1.3B": 24, "OPT-13B": 64, "Llama-3-8B": 64}
-
-
-def opt_13b_lora(rank: int = 8) -> list[Shape]:
-    """The LoRA tensors on q and v of OPT-13B: A (r, n) and B (m, r)."""
-    return 80 * [(rank, 5120), (5120, rank)]
 
 
 # ---- time
@@ -152,12 +108,25 @@ def time_us(call: Call | Sequence[Call], repeats: int = 7, least_ms: float = 3.0
     return interleaved_us({"": call}, repeats, least_ms)[""]
 
 
-def rotated(make: Callable[[], Call], bytes_each: int, device: int = 0) -> list[Call]:
-    """Calls on buffers of their own, so many that none finds its data in the L2 cache."""
+def copies_past(cache: int, bytes_each: int) -> int:
+    """How many buffers it takes, used in turn, for none to be in a cache when its turn comes.
+
+    One does where it is four times as large as the cache, and in any case as large as weights get.
+    """
+    most = 4 * cache
+    return 1 if bytes_each >= most else min(512, 1 + -(-most // max(1, bytes_each)))
+
+
+def buffers_needed(bytes_each: int, device: int = 0) -> int:
+    """:func:`copies_past` the GPU's L2 cache."""
     if not torch.cuda.is_available():
-        return [make()]
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [make() for _ in range(min(512, 1 + -(-4 * cache // max(1, bytes_each))))]
+        return 1
+    return copies_past(torch.cuda.get_device_properties(device).L2_cache_size, bytes_each)
+
+
+def rotated(make: Callable[[], Any], bytes_each: int, device: int = 0) -> list[Any]:
+    """Calls, or what makes them, on buffers of their own: none finds its data in the L2 cache."""
+    return [make() for _ in range(buffers_needed(bytes_each, device))]
 
 
 def peak_bytes(call: Call) -> int:
@@ -194,6 +163,60 @@ def measure_ceilings(device: int | str | torch.device = 0, nbytes: int = 1 << 31
     )
     speed = {name: 2 * nbytes / each / 1e6 for name, each in us.items()}
     return Ceilings(speed["copy"], max(speed["add fp32"], speed["add bf16"]))
+
+
+# ---- the contestants
+
+
+def usable(names: Sequence[str]) -> list[str]:
+    """Those of the backends that run here; says why of each."""
+    found = []
+    for name in names:
+        module, why = backends.load(name)
+        print(f"{name}: {why}")
+        if module is not None:
+            found.append(name)
+    return found
+
+
+def on_backend(name: str, call: Call) -> Call:
+    """The call with SUBZERO_BACKEND set, which the ops read each time."""
+
+    def run() -> None:
+        os.environ[backends.VARIABLE] = name
+        call()
+
+    return run
+
+
+def attempt(label: str, call: Callable[[], Any]) -> Any:
+    """What the call returns; None, said aloud, where it fails: the others are worth their time."""
+    try:
+        return call()
+    except Exception as failure:
+        print(f"{label}: FAILED, {type(failure).__name__}: {failure}", flush=True)
+        return None
+
+
+def those_that_run(label: object, calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
+    """Without the contestants whose first call fails, which is said aloud."""
+
+    def runs(call: Call) -> bool:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return True
+
+    return {
+        name: each
+        for name, each in calls.items()
+        if attempt(f"{label} {name}", lambda each=each: runs(each[0]))
+    }
+
+
+def release_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # ---- where and what

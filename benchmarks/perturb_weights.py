@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import subzero_kernels as sk
+from subzero_kernels import backends
 from subzero_kernels.rng import normals, round_stochastic, rounding_stream, words
 
 EPS = 1e-3
@@ -34,7 +35,7 @@ class Case(NamedTuple):
         return DTYPES[self.dtype].itemsize * sum(math.prod(shape) for shape in self.shapes)
 
     def __str__(self) -> str:
-        return f"{self.op:<14}{self.what:<13}{self.dtype:<5} r{self.rank:<4}"
+        return f"{self.op:<14}{self.what:<12} {self.dtype:<5} r{self.rank:<4}"
 
 
 def eager_line(w: Tensor, u: Tensor, z: Tensor, v: Tensor) -> None:
@@ -87,6 +88,11 @@ class Weights:
         """mu Z of weight i in float64; mu is an fp32 number by the contract."""
         mu = torch.tensor(math.sqrt(self.ws[i].numel()) / rank).item()
         return mu * normals(self.rng, self.streams[i], rank**2).view(rank, rank).double()
+
+    @property
+    def kind(self) -> str:
+        """Under which the backends are compared."""
+        return backends.kind_of(self.ws[0].dtype, self.ws[0].numel(), self.us[0].shape[1])
 
     # ---- ours, on the backend that SUBZERO_BACKEND names
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from gpu_bench import MODELS, Call
+from gpu_bench import Call
 from torch import Tensor
 
 import subzero_kernels as sk
+from subzero_kernels import backends
 from subzero_kernels.rng import normals, row_normals
 
 EPS = 1e-3
@@ -31,9 +32,10 @@ class Case(NamedTuple):
     columns: int = 5120
     queries: int = 4
     width: int = 64
+    shapes: tuple[tuple[int, ...], ...] = ()  # of a model's tensors
 
     def __str__(self) -> str:
-        return f"{self.op:<15}{self.what:<16}{self.dtype:<5}"
+        return f"{self.op:<15}{self.what:<15} {self.dtype:<5}"
 
 
 def allowed(got: Tensor, exact: Tensor, added: Tensor) -> float:
@@ -54,6 +56,11 @@ class Work:
         self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
         self.rng = sk.make_rng(1, 2, device)
 
+    @property
+    def kind(self) -> str:
+        """Under which the backends are compared."""
+        raise NotImplementedError
+
     def ours(self) -> None:
         raise NotImplementedError
 
@@ -71,6 +78,10 @@ class Normal(Work):
         self.normals = case.rows * case.columns * case.queries
         self.out = torch.empty(self.normals, dtype=self.dtype, device=device)
         self.bytes = self.out.nbytes
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.out.numel())
 
     def ours(self) -> None:
         sk.normal_(self.out, self.rng, STREAM)
@@ -102,7 +113,7 @@ class PerturbDense(Work):
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
-        shapes = MODELS[case.what].tensors if case.what in MODELS else [(33, 40), (40,), (7, 8)]
+        shapes = case.shapes
         sizes = [math.prod(shape) for shape in shapes]
         self.buffer = torch.empty(sum(sizes), dtype=self.dtype, device=device)
         parts = self.buffer.split(sizes)
@@ -110,6 +121,10 @@ class PerturbDense(Work):
         self.streams = [sk.stream_id(sk.PURPOSE_DENSE, i) for i in range(len(sizes))]
         self.coeff = torch.full((1,), EPS, device=device)
         self.normals, self.bytes = sum(sizes), 2 * self.buffer.nbytes
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.ws[0].numel())
 
     def ours(self) -> None:
         sk.perturb_dense_(self.ws, self.coeff, self.rng, streams=self.streams)
@@ -153,6 +168,10 @@ class AddNoise(Work):
         self.normals = len(self.noisy) * case.columns
         self.bytes = 2 * self.normals * self.dtype.itemsize
 
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.y.numel())
+
     def ours(self) -> None:
         sk.add_noise_(self.y, self.scale, self.query, self.rows, self.rng, stream=STREAM)
 
@@ -190,6 +209,10 @@ class NoiseOuter(Work):
         self.out = torch.empty(case.columns, case.width, device=device)
         self.normals = case.queries * case.rows * case.columns
 
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(self.dtype, self.case.rows * self.case.columns, self.case.width)
+
     def ours(self) -> None:
         sk.noise_outer_(self.out, self.weight, self.a, self.rows, self.rng, stream=STREAM)
 
@@ -207,13 +230,17 @@ class NoiseOuter(Work):
     def worst_error(self) -> float:
         self.out.fill_(math.nan)
         self.ours()
+        return allowed(self.out, self._exact, self._exact)
+
+    @functools.cached_property
+    def _exact(self) -> Tensor:
         exact = torch.zeros_like(self.out, dtype=torch.float64)
         for first in range(0, self.case.rows, 2048):
             part = slice(first, first + 2048)
             for k, weight in enumerate(self.weight):
                 z = row_normals(self.rng, STREAM, self.rows[part], self.case.columns, draw_offset=k)
                 exact += (weight[part, None] * z).double().T @ self.a[part].double()
-        return allowed(self.out, exact, exact)
+        return exact
 
 
 class CoreNoise(Work):
@@ -231,6 +258,10 @@ class CoreNoise(Work):
         self.streams = [sk.stream_id(sk.PURPOSE_CORE, i) for i in range(count)]
         self.normals = count * case.width**2
         self.bytes = (groups + 1) * self.normals * 4
+
+    @property
+    def kind(self) -> str:
+        return backends.kind_of(torch.float32, self.bases[0].numel())
 
     def ours(self) -> None:
         mu = [1.0] * len(self.bases)

@@ -41,9 +41,20 @@ std::string shapes(const LowRank& item) {
   return "w " + shape(item.w) + ", u " + shape(item.u) + ", v " + shape(item.v);
 }
 
+std::string shapes(const Dense& item) {
+  return "w " + shape(item.w);
+}
+
+std::string shapes(const Core& item) {
+  const std::string rank = std::to_string(item.rank);
+  return "core (" + rank + ", " + rank + ")";
+}
+
+// Of hundreds the first shows what they are like.
 template <class Item>
 std::string shapes(const std::vector<Item>& items) {
-  return std::to_string(items.size()) + " tensors";
+  const std::string count = std::to_string(items.size()) + " tensors";
+  return items.empty() ? count : count + ", the first: " + shapes(items[0]);
 }
 
 void check(const Status& status, const char* op, const std::string& on) {

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import validate
-from .backends import LARGE, choose, kind_of
+from . import known, validate
+from .backends import choose, kind_of, load
 
 NAMESPACE = "subzero"
 
@@ -39,20 +39,74 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 OPS: list[str] = []
 
 
+# ---- what is measured of a call, from the tensor that decides the backend and the arguments
+
+
+def _kind_by_lead(lead: Tensor, *args: Any) -> str:
+    return kind_of(lead.dtype, lead.numel())
+
+
+def _kind_by_factors(lead: Tensor, w: object, u: Tensor, *args: Any) -> str:
+    return kind_of(lead.dtype, lead.numel(), u.shape[1])
+
+
+def _kind_by_lists(lead: Tensor, ws: object, us: Sequence[Tensor], *args: Any) -> str:
+    return kind_of(lead.dtype, lead.numel(), us[0].shape[1])
+
+
+def _kind_by_product(lead: Tensor, out: Tensor, weight: object, a: Tensor, *args: Any) -> str:
+    return kind_of(a.dtype, a.shape[0] * out.shape[0], a.shape[1])
+
+
+# ---- definitions
+
+
 def _define(
-    schema: str, check: Callable[..., Tensor | None], result: Callable[..., Tensor] | None = None
+    schema: str,
+    check: Callable[..., Tensor | None],
+    result: Callable[..., Tensor] | None = None,
+    kind_by: Callable[..., str] = _kind_by_lead,
+    lists: bool = False,
 ) -> Callable[..., Any]:
-    """Register an op and return its bound overload; ``result`` makes what a fake call returns."""
+    """Register an op and return its bound overload.
+
+    Args:
+        schema: in the language of torch.library.
+        check: takes the op's arguments; see validate.py.
+        result: makes what a fake call returns; None for ops that work in place.
+        kind_by: by what the backend is chosen.
+        lists: the arguments are lists of tensors, coeff and rng, the first list being written: what
+            was checked once is known again.
+    """
     name = schema.partition("(")[0]
 
     def real(*args: Any, **kwargs: Any) -> Any:
         lead = check(*args, **kwargs)
         if lead is None:
             return None
-        dtype = lead.dtype
-        kind = kind_of(dtype, lead.numel() >= LARGE)
-        chosen = choose(name, lead.device.type, dtype is torch.float64, kind)
+        float64 = lead.dtype is torch.float64
+        chosen = choose(name, lead.device.type, float64, kind_by(lead, *args))
         return chosen.function(*args, **kwargs)
+
+    def real_of_lists(*args: Any, **kwargs: Any) -> None:
+        facts = known.facts_of(name, args, kwargs)
+        call = known.recall(facts, *args[-2:])
+        if call is None:
+            lead = check(*args, **kwargs)
+            if lead is None:
+                return
+            float64 = lead.dtype is torch.float64
+            call = known.Known(args[0], (lead.device.type, float64, kind_by(lead, *args)))
+            known.remember(facts, call)
+        chosen = choose(name, *call.chosen_by)
+        if chosen.backend not in call.prepared:
+            prepare = getattr(load(chosen.backend)[0], f"prepare_{name}", None)
+            call.prepared[chosen.backend] = prepare and prepare(*args, **kwargs)
+        run = call.prepared[chosen.backend]
+        if run is None:
+            chosen.function(*args, **kwargs)
+        else:
+            run(*args[-2:])
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
@@ -60,7 +114,7 @@ def _define(
 
     OPS.append(name)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, real, "CompositeExplicitAutograd")
+    _library.impl(name, real_of_lists if lists else real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(torch.ops.subzero, name).default
 
@@ -78,26 +132,32 @@ _perturb_ = _define(
     "perturb_(Tensor(a!) w, Tensor u, Tensor v, Tensor coeff, Tensor rng, *, SymInt stream,"
     " str rounding='nearest') -> ()",
     validate.check_perturb_,
+    kind_by=_kind_by_factors,
 )
 _perturb_many_ = _define(
     "perturb_many_(Tensor(a!)[] ws, Tensor[] us, Tensor[] vs, Tensor coeff, Tensor rng, *,"
     " SymInt[] streams, str rounding='nearest') -> ()",
     validate.check_perturb_many_,
+    kind_by=_kind_by_lists,
+    lists=True,
 )
 _perturb_dense_ = _define(
     "perturb_dense_(Tensor(a!)[] ws, Tensor coeff, Tensor rng, *, SymInt[] streams,"
     " str rounding='nearest') -> ()",
     validate.check_perturb_dense_,
+    lists=True,
 )
 _core_noise_ = _define(
     "core_noise_(Tensor(a!)[] out, Tensor[] base, Tensor coeff, Tensor rng, *, SymInt[] streams,"
     " float[] mu) -> ()",
     validate.check_core_noise_,
+    lists=True,
 )
 _fold_ = _define(
     "fold_(Tensor(a!) w, Tensor u, Tensor v, Tensor core, *, float decay=1.0,"
     " str rounding='nearest', Tensor? rng=None, SymInt stream=0) -> ()",
     validate.check_fold_,
+    kind_by=_kind_by_factors,
 )
 _add_noise_ = _define(
     "add_noise_(Tensor(a!) y, Tensor scale, Tensor query, Tensor rows, Tensor rng, *,"
@@ -108,6 +168,7 @@ _noise_outer_ = _define(
     "noise_outer_(Tensor(a!) out, Tensor weight, Tensor a, Tensor rows, Tensor rng, *,"
     " SymInt stream, float beta=0.0) -> ()",
     validate.check_noise_outer_,
+    kind_by=_kind_by_product,
 )
 _lowrank_linear = _define(
     "lowrank_linear(Tensor x, Tensor w, Tensor? bias, Tensor u, Tensor v, Tensor core) -> Tensor",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, validate
-from .backends import LARGE, choose, kind_of, load
+from .backends import choose, kind_of, load
 
 
 class PerturbPlan:
@@ -26,6 +26,11 @@ class PerturbPlan:
         self._given = list(ws), list(us), list(vs)
         self._streams = list(streams)
         self._lead = validate.check_perturb_plan(*self._given, streams=self._streams)
+        self._chosen_by = "", False, ""
+        if self._lead is not None:
+            lead = self._lead
+            kind = kind_of(lead.dtype, lead.numel(), us[0].shape[1])
+            self._chosen_by = lead.device.type, lead.dtype is torch.float64, kind
         # Aliases of our own: a later `w.data = ...` cannot change the shapes that were checked.
         self._ws, self._us, self._vs = ([t.detach() for t in tensors] for tensors in self._given)
         self._all_given = [t for tensors in self._given for t in tensors]
@@ -66,10 +71,7 @@ class PerturbPlan:
             validate.check_perturb_many_(*self._given, coeff, rng, streams=self._streams)
         if self._lead is None:
             return
-        lead = self._lead
-        kind = kind_of(lead.dtype, lead.numel() >= LARGE)
-        float64 = lead.dtype is torch.float64
-        chosen = choose("perturb_many_", lead.device.type, float64, kind)
+        chosen = choose("perturb_many_", *self._chosen_by)
         self._prepare(chosen.backend)(coeff, rng, rounding=rounding)
 
     def _prepare(self, backend: str) -> Callable[..., None]:

@@ -84,7 +84,10 @@ def make_rng(seed: int, draw: int = 0, device: torch.device | str = "cpu") -> Te
     if not 0 <= draw <= _MASK32:
         raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw}; take a 32-bit draw")
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    return torch.tensor([signed, draw], dtype=torch.int64, device=device)
+    rng = torch.empty(2, dtype=torch.int64, device=device)
+    for entry, number in zip(rng.unbind(), (signed, draw), strict=True):
+        entry.fill_(number)  # a kernel's argument: a copy from the host would wait for the device
+    return rng
 
 
 def _philox_rounds(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

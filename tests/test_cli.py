@@ -52,7 +52,7 @@ def test_version_and_help(run):
     assert code == 0
     for word in ("Task and data", "Model", "Training", "Optimizer", "Examples", "--rank"):
         assert word in out
-    for default in ("activation/weight 0.03, mezo 1e-05", "--paper", "--method"):
+    for default in ("activation/weight 0.03, mezo/adamw 0.0001", "--paper", "--method"):
         assert default in out
 
 

@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "learning"
 PAGE = ROOT / "docs" / "recipes.md"
-LOCAL = ("report", "study", "run", "methods", "data")  # modules that import each other by name
+# modules that import each other by name
+LOCAL = ("report", "study", "run", "methods", "experiments", "data")
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,27 @@ def test_planner_resumes_from_a_file(study, methods, tmp_path):
         writer.writerows(r | {"choice": study.json.dumps(r["choice"])} for r in records)
     jobs = drain(study.Planner(arguments(), study.read(path)))
     assert [job["seed"] for job in jobs] == [1, 2, 4]
+
+
+def test_own_cells_choose_on_dev_and_keep_the_time(study, tmp_path):
+    """Choices of an earlier run take part; what would not end in time is left."""
+    low, high, old = ({"lr": lr} for lr in (0.1, 0.2, 0.3))
+    cell = dict(task="sst2", method="full-whole", budget=100, choices=[low, high], seeds=[0, 1])
+    path = tmp_path / "jobs.json"
+    path.write_text(study.json.dumps([cell | {"expected": 60}]))
+    earlier = [record(study, old, 0.7), record(study, {"lr": 0.4}, 0.6)]
+    planner = study.Planner(arguments(jobs=path), earlier)
+    assert planner.next(left=59) is None
+    jobs = drain(planner)
+    assert [(job["choice"], job["test"]) for job in jobs] == [(low, False), (high, False)]
+    planner.finished(record(study, low, 0.65))
+    assert planner.next() is None
+    planner.finished(record(study, high, 0.68))
+    jobs = drain(planner)
+    assert [(job["choice"], job["test"], job["seed"]) for job in jobs] == [
+        (old, True, 0),
+        (old, True, 1),
+    ]
 
 
 def test_candidates_are_those_of_the_nearest_budget_below(methods):

@@ -12,7 +12,19 @@ from subzero.errors import CommandError
 from subzero.methods import choose_method, make_method
 from subzero.models import choose_trained
 from subzero.objectives import label_words, next_token
-from subzero.settings import METHODS, PAPER, RECIPES, Settings, defaults, fill, methods_to_try
+from subzero.settings import (
+    METHODS,
+    PAPER,
+    RATES,
+    RECIPES,
+    TEXT,
+    TEXT_RATES,
+    Settings,
+    defaults,
+    fill,
+    methods_to_try,
+    rate_for,
+)
 from subzero.tasks import Example
 
 
@@ -58,6 +70,38 @@ def test_language_modelling_has_its_own_queries():
     assert fill(asked(queries=9), "activation", labelled=False).queries == 9
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_rates_follow_the_length(method):
+    """What help shows is the rate at the recipe's own length; a longer run takes no higher one."""
+    assert fill(asked(), method, labelled=True).lr == RECIPES[method]["lr"]
+    rates = [fill(asked(steps=n), method, labelled=True).lr for n in (1, 54, 167, 785, 5000, 10**6)]
+    assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
+    assert rates[0] == max(RATES[method].values())
+    for steps, lr in RATES[method].items():
+        assert rate_for(RATES[method], steps) == pytest.approx(lr, rel=0.25)
+
+
+def test_language_modelling_has_its_own_rates():
+    for steps, lr in TEXT_RATES["activation"].items():
+        assert fill(asked(steps=steps), "activation", labelled=False).lr == lr
+    assert fill(asked(), "activation", labelled=False).lr == TEXT["activation"]["lr"]
+    assert fill(asked(), "adamw", labelled=False).lr == fill(asked(), "adamw", labelled=True).lr
+
+
+def test_rates_between_are_on_a_line_of_logarithms():
+    assert rate_for({10: 1e-1, 1000: 1e-3}, 100) == 1e-2
+    assert rate_for({10: 1e-1, 1000: 1e-3}, 50) == 2e-2  # 1 / 50
+    assert rate_for({10: 1e-1, 1000: 1e-3}, 200) == 5e-3  # 1 / 200
+
+
+def test_long_runs_have_more_row_queries():
+    for steps, queries in ((100, 32), (784, 32), (785, 64)):
+        assert fill(asked(steps=steps), "activation", labelled=True).queries == queries
+    assert fill(asked(steps=785), "activation", labelled=False).queries == 4
+    assert fill(asked(steps=785, queries=9), "activation", labelled=True).queries == 9
+    assert fill(asked(steps=785), "weight", labelled=True).queries == 8
+
+
 def test_the_papers_recipe():
     filled = fill(asked(paper=True, steps=5), "weight", labelled=True)
     for name, value in {**RECIPES["weight"], **PAPER, "steps": 5}.items():
@@ -74,7 +118,7 @@ def test_sixteen_bit_weights_get_noise_above_their_rounding():
 
 def test_defaults_as_help_shows_them():
     assert defaults("train_layers") == "upper"
-    assert defaults("lr") == "activation/weight 0.03, mezo 1e-05, adamw 0.0001"
+    assert defaults("lr") == "activation/weight 0.03, mezo/adamw 0.0001"
     assert defaults("momentum") == "activation/weight 0.9"
 
 

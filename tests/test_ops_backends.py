@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import subzero_kernels as sk
-from subzero_kernels import backends, ops
+from subzero_kernels import backends, ops, plans
 from subzero_kernels.backends import reference
 
 ROOT = Path(sk.__file__).parent.parent
@@ -221,11 +221,11 @@ def measured(monkeypatch):
     for op in reference.OPS:
         setattr(Native, op, staticmethod(getattr(reference, op)))
     missing: set[str] = set()
-    times = {
+    speed = {
         "fold_": {
-            "bfloat16 large": {"cuda": 10.0, "triton": 8.0},
-            "float32 large": {"cuda": 8.0, "triton": 10.0},
-            "float16 large": {"cuda": 10.0},
+            "bfloat16 large rank 64": 1.25,
+            "float32 large rank 64": 0.8,
+            "float16 large rank 64": 1.03,
         }
     }
     monkeypatch.setattr(
@@ -233,50 +233,106 @@ def measured(monkeypatch):
         "load",
         lambda name: (None, f"no {name}") if name in missing else (Native, f"{name} is there"),
     )
-    monkeypatch.setattr(backends, "measured", lambda: {"on": "some GPU", "us": times})
+    monkeypatch.setattr(backends, "measured", lambda: {"on": "some GPU", "triton_speed": speed})
     monkeypatch.setenv(backends.VARIABLE, "auto")
     backends._choose.cache_clear()
     yield missing
     backends._choose.cache_clear()
 
 
-def test_auto_takes_the_faster_backend_for_the_kind_of_tensor(measured):
-    fast = backends.choose("fold_", "cuda", kind="bfloat16 large")
+def test_auto_takes_the_faster_backend_for_the_kind_of_call(measured):
+    fast = backends.choose("fold_", "cuda", kind="bfloat16 large rank 64")
+    where = "large rank 64, some GPU)"
     assert fast.backend == "triton"
-    assert fast.reason == ("1.25 times as fast as cuda (bfloat16 large, some GPU); triton is there")
-    assert backends.choose("fold_", "cuda", kind="float32 large").backend == "cuda"
+    assert fast.reason == f"1.25 times as fast as cuda (bfloat16 {where}; triton is there"
+    slow = backends.choose("fold_", "cuda", kind="float32 large rank 64")
+    assert slow.backend == "cuda"
+    assert slow.reason == f"1.25 times as fast as triton (float32 {where}; cuda is there"
+    even = backends.choose("fold_", "cuda", kind="float16 large rank 64")
+    assert even.backend == "cuda"
+    assert even.reason == f"within 3% of triton (float16 {where}; cuda is there"
 
 
-@pytest.mark.parametrize("kind", ["", "bfloat16 small", "float16 large"])
-def test_auto_prefers_cuda_where_not_both_were_measured(measured, kind):
+@pytest.mark.parametrize("kind", ["", "bfloat16 small rank 64", "bfloat16 large rank 128"])
+def test_auto_prefers_cuda_where_nothing_was_measured(measured, kind):
     choice = backends.choose("fold_", "cuda", kind=kind)
     assert (choice.backend, choice.reason) == ("cuda", "cuda is there")
 
 
 def test_auto_takes_the_other_backend_where_the_faster_one_is_missing(measured):
     measured.add("triton")
-    choice = backends.choose("fold_", "cuda", kind="bfloat16 large")
+    choice = backends.choose("fold_", "cuda", kind="bfloat16 large rank 64")
     assert (choice.backend, choice.reason) == ("cuda", "cuda is there")
     backends._choose.cache_clear()
     measured.add("cuda")
-    choice = backends.choose("fold_", "cuda", kind="bfloat16 large")
+    choice = backends.choose("fold_", "cuda", kind="bfloat16 large rank 64")
     assert (choice.backend, choice.reason) == ("reference", "no triton; no cuda")
+    backends._choose.cache_clear()
+    measured.remove("triton")
+    choice = backends.choose("fold_", "cuda", kind="float32 large rank 64")
+    assert (choice.backend, choice.reason) == ("triton", "triton is there")
 
 
-def test_kinds_name_the_dtype_and_the_size():
-    assert backends.kind_of(torch.bfloat16, True) == "bfloat16 large"
-    assert backends.kind_of(torch.float32, False) == "float32 small"
+def test_what_was_measured_on_a_gpu_decides_nothing_on_the_cpu(measured):
+    choice = backends.choose("fold_", "cpu", kind="bfloat16 large rank 64")
+    assert (choice.backend, choice.reason) == ("cpu", "cpu is there")
+
+
+def test_kinds_name_the_dtype_the_size_and_the_rank():
+    assert backends.kind_of(torch.bfloat16, 1 << 20) == "bfloat16 large"
+    assert backends.kind_of(torch.float32, (1 << 20) - 1) == "float32 small"
+    ranks = {1: 16, 16: 16, 17: 32, 24: 32, 64: 64, 65: 128, 128: 128}
+    for rank, kind in ranks.items():
+        assert backends.kind_of(torch.float16, 5, rank) == f"float16 small rank {kind}"
+
+
+def test_the_ops_say_what_kind_of_call_they_are(monkeypatch):
+    asked = {}
+    choose = backends.choose
+
+    def noted(op, device, float64=False, kind=""):
+        asked[op] = kind
+        return choose(op, device, float64, kind)
+
+    monkeypatch.setattr(ops, "choose", noted)
+    monkeypatch.setattr(plans, "choose", noted)
+    w, u, v = torch.zeros(40, 30, dtype=torch.bfloat16), torch.zeros(40, 20), torch.zeros(30, 20)
+    coeff, rng = torch.ones(1), sk.make_rng(1)
+    sk.normal_(w, rng, 2)
+    sk.perturb_(w, u, v, coeff, rng, stream=2)
+    sk.perturb_many_([w], [u], [v], coeff, rng, streams=[2])
+    sk.fold_(w, u, v, torch.zeros(20, 20))
+    sk.noise_outer_(
+        torch.zeros(1024, 20), torch.ones(1, 1024), torch.zeros(1024, 20, dtype=torch.float16),
+        torch.arange(1024), rng, stream=2,
+    )  # fmt: skip
+    sk.perturb_dense_([w], coeff, rng, streams=[2])
+    assert asked == {
+        "normal_": "bfloat16 small",
+        "perturb_": "bfloat16 small rank 32",
+        "perturb_many_": "bfloat16 small rank 32",
+        "fold_": "bfloat16 small rank 32",
+        "noise_outer_": "float16 large rank 32",
+        "perturb_dense_": "bfloat16 small",
+    }
+    del asked["perturb_many_"]
+    with torch.no_grad():
+        sk.perturb_plan([w], [u], [v], [2]).perturb_(coeff, rng)
+    assert asked["perturb_many_"] == "bfloat16 small rank 32"
 
 
 def test_the_committed_measurements_can_be_read():
-    """Ops, kinds and backends that exist, and positive times."""
+    """Ops and kinds that exist, and speeds that can be."""
     names = {str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16)}
-    for op, kinds in backends.measured()["us"].items():
+    made = backends.measured()
+    assert set(made) == {"on", "triton_speed"} and bool(made["on"]) == bool(made["triton_speed"])
+    for op, speeds in made["triton_speed"].items():
         assert op in ops.OPS
-        for kind, times in kinds.items():
-            dtype, size = kind.split()
+        for kind, speed in speeds.items():
+            dtype, size, *rank = kind.split()
             assert dtype in names and size in ("large", "small")
-            assert set(times) == {"cuda", "triton"} and min(times.values()) > 0
+            assert rank in ([], *(["rank", str(1 << log)] for log in range(4, 10)))
+            assert 0.01 < speed < 100
 
 
 def test_reference_has_every_op():

@@ -14,7 +14,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def basis(rows: int, rank: int, stream: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    return sk.orthonormal_basis(rows, rank, seed=1, window=0, stream=stream).to(dtype).to(device)
+    # Made where it is used: a forced backend takes tensors of its own device only.
+    kind = dict(seed=1, window=0, stream=stream, dtype=dtype, device=device)
+    return sk.orthonormal_basis(rows, rank, **kind)
 
 
 def arguments(device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +81,7 @@ def test_column_slices_of_one_buffer_are_perturbed_together(target):
     """A fused QKV weight stored side by side: disjoint although the byte ranges interleave."""
     buffer = torch.randn(24, 48, device=target.device)
     expected = buffer.clone()
-    u, v = basis(24, 4, 1, torch.float32, target.device), basis(16, 4, 2, torch.float32, "cpu")
-    v = v.to(target.device)
+    u, v = (basis(n, 4, i, torch.float32, target.device) for i, n in ((1, 24), (2, 16)))
     coeff, rng = arguments(target.device)
     parts = list(buffer.split(16, dim=1))
     sk.perturb_many_(parts, [u] * 3, [v] * 3, coeff, rng, streams=[1, 2, 3])

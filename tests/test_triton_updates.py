@@ -223,10 +223,12 @@ def test_ids_out_of_range_give_nan():
     assert got[[1, 2]].isnan().all()
 
 
-def test_an_error_of_the_driver_names_the_op_and_the_shapes(monkeypatch):
+@pytest.mark.parametrize("op", ["perturb_", "perturb_many_"])
+def test_an_error_of_the_driver_names_the_op_and_the_shapes(op, monkeypatch):
     w, u, v = case(20, 24, 8, "fp32")
     coeff, rng = arguments(0.1)
-    kernel = plans.update_one_kernel
+    name = {"perturb_": "update_one_kernel", "perturb_many_": "update_many_kernel"}[op]
+    kernel = getattr(plans, name)
 
     class Broken:
         fn = kernel.fn
@@ -234,6 +236,13 @@ def test_an_error_of_the_driver_names_the_op_and_the_shapes(monkeypatch):
         def __getitem__(self, grid):
             raise ValueError("no such thing")
 
-    monkeypatch.setattr(plans, "update_one_kernel", Broken())
-    with pytest.raises(RuntimeError, match=r"^perturb_: .*\(20, 24\), \(20, 8\).*no such thing$"):
-        backend.perturb_(w, u, v, coeff, rng, stream=1)
+    monkeypatch.setattr(plans, name, Broken())
+    if op == "perturb_":
+        with pytest.raises(
+            RuntimeError, match=r"^perturb_: .*\(20, 24\), \(20, 8\).*no such thing$"
+        ):
+            backend.perturb_(w, u, v, coeff, rng, stream=1)
+    else:
+        shapes = r"2 tensors, the first: w \(20, 24\), u \(20, 8\), v \(24, 8\)"
+        with pytest.raises(RuntimeError, match=rf"^perturb_many_: .*{shapes}.*no such thing$"):
+            backend.perturb_many_([w, w.clone()], [u, u], [v, v], coeff, rng, streams=[1, 2])

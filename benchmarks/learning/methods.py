@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from experiments import HeadControl, Schedule, pool_neighbours, share_noise
 from torch import nn
 
 from subzero import LogitsLoss, SubZero
 from subzero.baselines import MeZO
 from subzero.credit import RESIDUAL_WRITERS
-from subzero.forms import CreditSpace
-from subzero_kernels import noise_outer_
 
 Batch = dict[str, torch.Tensor]
 Choice = dict[str, Any]
@@ -32,8 +31,10 @@ class Method:
         kind: "subzero", "mezo", "adamw" or "lora" (AdamW on a PEFT LoRA).
         options: of the optimizer; also layers (share of the layers, from the top, that is
             trained), modules ("all" linears of those or "residual", those that write to the
-            stream), batch (examples a step), whole_groups and pool (blocks on either side whose
-            estimates are averaged; an experiment).
+            stream), batch (examples a step), whole_groups, and those of experiments.py: pool
+            (blocks on either side whose estimates are averaged), every (noise on every n-th
+            block), control (the head's gradient as control variate), queries_end and batch_end
+            (what they have become in the last part of a run).
         choices: what dev chooses from, by budget in forwards; a budget takes those of the nearest
             one below it. Each changes options, "lr" among them.
         by_token: changes for a language-model loss, whose every row is scored.
@@ -87,7 +88,7 @@ METHODS: dict[str, Method] = {
     "core-rows": Method(
         "subzero", _CORE | dict(queries=32),
         {0: lrs(2e-2, 4e-2), 300: lrs(2e-2, modules="all", queries=64) + lrs(2e-2, 4e-2),
-         2000: lrs(5e-3, 1e-2, modules="all", queries=64) + lrs(1e-2, queries=64)},
+         2000: lrs(5e-3, 1e-2, modules="all", queries=64) + lrs(3e-3, 1e-2, queries=64)},
     ),
     "right-rows": Method(
         "subzero", _RIGHT | dict(queries=32),
@@ -119,25 +120,6 @@ def choose_trained(model: nn.Module, layers: float, modules: str) -> float:
     return 1 - first / count
 
 
-def pool_neighbours(space: CreditSpace, reach: int) -> None:
-    """Estimate a block's gradient as the mean over its neighbours' noise: biased, less variance.
-
-    Gradients of the residual stream agree from block to block. Forms right and full, credit block.
-    """
-    streams = sorted({tap.stream for tap in space.taps})
-
-    def add_noise_(flat: torch.Tensor, coeff: torch.Tensor, rng: torch.Tensor) -> None:
-        for tap, out in zip(space.taps, space.views(flat), strict=True):
-            weight, kept, ids = space.rows_of(tap, coeff)
-            at = streams.index(tap.stream)
-            near = streams[max(0, at - reach) : at + reach + 1]
-            weight = (weight / len(near)).contiguous()
-            for stream in near:
-                noise_outer_(out, weight, kept, ids, rng, stream=stream, beta=1.0)
-
-    space.add_noise_ = add_noise_
-
-
 class Stepper:
     """One method on one model: ``step(batch)`` trains and returns (loss, cost)."""
 
@@ -146,14 +128,17 @@ class Stepper:
     ):
         options = method.options | choice
         self.lr = options.pop("lr")
+        self.schedule = Schedule(options)
         self.batch = options.pop("batch", 16)
         whole, pool = options.pop("whole_groups", False), options.pop("pool", 0)
+        every, control = options.pop("every", 1), options.pop("control", False)
         self.share = choose_trained(
             model, options.pop("layers", 0.5), options.pop("modules", "all")
         )
         self.objective = objective
         self.model = model
         self.optimizer: Any
+        self.control: HeadControl | None = None
         if method.kind == "subzero":
             self.optimizer = SubZero(model, lr=0.0, seed=seed, **options)
             self.step = self._weight_noise
@@ -161,8 +146,13 @@ class Stepper:
                 self.step = self._activation_noise
                 if whole:
                     self.optimizer.evaluate_whole_groups("as the study asks")
+                weights = self.optimizer._weights
                 if pool:
-                    pool_neighbours(self.optimizer._weights.space, pool)
+                    pool_neighbours(weights.space, pool)
+                if every > 1:
+                    share_noise(weights, every)
+                if control:
+                    self.control = HeadControl(weights, model, objective)
         elif method.kind == "mezo":
             self.optimizer = MeZO(model, lr=0.0, seed=seed, **options)
             self.step = self._mezo
@@ -201,7 +191,17 @@ class Stepper:
         """The schedule's factor on the learning rate."""
         self.optimizer.param_groups[0]["lr"] = self.lr * factor
 
+    def begin_part(self, share: float) -> bool:
+        """Follow the schedule, when this share of the run is over; whether the batch changed."""
+        now, before = self.schedule.at(share), self.batch
+        self.batch = now.get("batch", before)
+        if "queries" in now:  # options are frozen, and the optimizer's parts share them
+            object.__setattr__(self.optimizer.options, "queries", now["queries"])
+        return self.batch != before
+
     def _activation_noise(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        if self.control is not None:
+            self.control.begin(batch)
         loss = self.optimizer.step(batch, self.objective)
         tokens = decoded = batch["input_ids"].shape[1]
         if not self.optimizer.plan().whole_groups:
@@ -244,6 +244,8 @@ class Stepper:
 
     def close(self) -> None:
         """The model as plain as it was."""
+        if self.control is not None:
+            self.control.hook.remove()
         if hasattr(self.optimizer, "detach"):
             self.optimizer.detach()
         if hasattr(self.model, "peft_config"):

@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 STUDY = RESULTS / "learning_study.csv"
 SECONDS = RESULTS / "learning_seconds.csv"
 EXPLORATION = RESULTS / "learning_exploration.csv"
+CLOSERS = RESULTS / "learning_closers.csv"
 PRECISION = RESULTS / "learning_precision.csv"
 
 ACTIVATION = ("core-rows", "right-rows", "full-rows", "core-whole", "right-whole", "full-whole")
@@ -294,6 +295,30 @@ def rank_table(records: list[Record]) -> Table:
     return rows
 
 
+def closer_table(tried_runs: list[Record], study: list[Record]) -> Table:
+    """What was tried against AdamW's lead: dev accuracy and loss of each seed, best checkpoint.
+
+    The study's selection runs of the same method and budget stand beside them.
+    """
+    table = [["method", "forwards", "options", "dev accuracy / loss, by seed"]]
+    cells = {(r["method"], r["budget"]) for r in tried_runs}
+    at = ("task", "method", "budget")
+    for method, budget in sorted(cells, key=lambda c: (c[1], c[0])):
+        chosen = [
+            r
+            for r in [*study, *tried_runs]
+            if [r[n] for n in at] == ["sst2", method, budget] and not r["test"]
+        ]
+        by_options: dict[str, dict[int, str]] = {}
+        for r in chosen:
+            told = f"{r['dev_accuracy']:.3f} / {r['dev_loss']:.2f}"
+            by_options.setdefault(options(r["choice"]), {})[r["seed"]] = told
+        for name, seeds in sorted(by_options.items()):
+            told = ", ".join(text for _, text in sorted(seeds.items()))
+            table.append([method, f"{budget:,}", name, told])
+    return table
+
+
 def _by_name(change: Choice) -> list[tuple[str, float, str]]:
     """Numbers in order of size, 8 before 16."""
     return [
@@ -318,6 +343,7 @@ def tables() -> Iterator[tuple[str, Table]]:
     runs = explored(EXPLORATION)
     yield "exploration", exploration_table(runs)
     yield "ranks", rank_table(runs)
+    yield "closers", closer_table(read(CLOSERS), records)
 
 
 def markdown(table: Table) -> str:

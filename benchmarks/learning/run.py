@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,23 @@ class Bench:
             return self._train(job, stepper)
         finally:
             stepper.close()
+            del stepper
+            if torch.cuda.is_available():  # other processes share the device
+                torch.cuda.empty_cache()
 
     def _train(self, job: Record, stepper: Stepper) -> Record:
         data = self.data(job["task"])
-        source = iter(TrainBatches(self.encoder, data.train, stepper.batch, job["seed"]))
+
+        def batches() -> Iterator[dict[str, torch.Tensor]]:
+            return iter(TrainBatches(self.encoder, data.train, stepper.batch, job["seed"]))
+
+        source = batches()
         spent, steps, seconds = stepper.align(source), 0, 0.0
         loss = torch.full((), math.nan)
         best: tuple[tuple[float, float], float, list[torch.Tensor]] | None = None
         for part in range(1, CHECKPOINTS + 1):
+            if stepper.begin_part((part - 1) / (CHECKPOINTS - 1)):
+                source = batches()
             begin = time.perf_counter()
             while spent < job["budget"] * part / CHECKPOINTS:
                 stepper.set_lr(0.5 * (1 + math.cos(math.pi * spent / job["budget"])))

@@ -5,7 +5,9 @@
 Runs what the results file lacks, many at a time, until everything is there or ``--minutes`` are
 over: first one selection run for each candidate (learning rates, for some methods also queries and
 modules; dev only), then five seeds with the best one, whose test scores are read once.
-``--jobs FILE`` runs a list of jobs of one's own instead.
+``--jobs FILE`` runs a list of one's own instead: jobs, or cells, which give "choices" and "seeds"
+in place of "choice", "seed" and "test" and choose on dev before they score. "expected" says how
+many seconds a run takes; one that would not end in time is not started.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import multiprocessing as mp
 import queue
 import time
@@ -58,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--long", nargs="*", default=[], help="methods to run at 10,000")
-    parser.add_argument("--jobs", type=Path, help="JSON list of jobs to run instead")
+    parser.add_argument("--jobs", type=Path, help="JSON list of jobs and cells to run instead")
     args = parser.parse_args()
     records = read(args.results)
     planner = Planner(args, records)
@@ -84,10 +87,10 @@ def collect(planner: Planner, workers: list[Any], todo: Any, done: Any, args: An
         if fresh:
             writer.writeheader()
         while True:
-            if time.monotonic() < end:
-                while running < len(workers) and (job := planner.next()) is not None:
-                    todo.put(job)
-                    running += 1
+            left = end - time.monotonic()
+            while left > 0 and running < len(workers) and (job := planner.next(left)) is not None:
+                todo.put(job)
+                running += 1
             if not running:
                 break
             try:
@@ -121,7 +124,11 @@ class Planner:
 
     def _missing(self) -> Iterator[Record]:
         if self.own is not None:
-            yield from (job for job in self.own if self._lacks(job))
+            for given in self.own:
+                if "choices" in given:
+                    yield from self._own_cell(**given)
+                elif self._lacks(given):
+                    yield given
             return
         for name in self.args.long:
             yield from self._cell(LONG[2], LONG[0], name, LONG[1])
@@ -130,15 +137,37 @@ class Planner:
                 for budget in sorted(self.args.budgets, reverse=True):
                     yield from self._cell(task, budget, name, SEEDS)
 
-    def _cell(self, task: str, budget: int, name: str, seeds: Any) -> Iterator[Record]:
+    def _own_cell(
+        self,
+        task: str,
+        method: str,
+        budget: int,
+        choices: list[Record],
+        seeds: list[int],
+        expected: float = 0.0,
+    ) -> Iterator[Record]:
+        for job in self._cell(task, budget, method, seeds, choices):
+            yield job | {"expected": expected}
+
+    def _cell(
+        self,
+        task: str,
+        budget: int,
+        name: str,
+        seeds: Any,
+        choices: list[Record] | None = None,
+    ) -> Iterator[Record]:
         # at 10,000 forwards the learning rate chosen at 2,000 is divided by the root of five
         at = min(budget, 2000)
-        choices = METHODS[name].candidates(at, by_token=task == "reviews")
+        choices = choices or METHODS[name].candidates(at, by_token=task == "reviews")
         select = [self._job(task, name, at, c, SELECTION_SEED, False) for c in choices]
         missing = [job for job in select if self._lacks(job)]
         yield from missing
+        ended = {key(r) for r in self.records}
+        if any(key(job) not in ended for job in select):
+            return
         chosen = best_choice(self.records, task, name, at, len(select))
-        if missing or chosen is None:
+        if chosen is None:
             return
         if budget > at:
             chosen = chosen | {"lr": chosen["lr"] / 5**0.5}
@@ -154,21 +183,20 @@ class Planner:
     def _lacks(self, job: Record) -> bool:
         return key(job) not in self.given
 
-    def next(self) -> Record | None:
-        """A job nobody works on, or None for now."""
+    def next(self, left: float = math.inf) -> Record | None:
+        """A job nobody works on that ends within ``left`` seconds, or None for now."""
         if not self.ready:
             self.ready = list(self._missing())
-        if not self.ready:
-            return None
-        job = self.ready.pop(0)
-        self.given.add(key(job))
+        job = next((job for job in self.ready if job.get("expected", 0) <= left), None)
+        if job is not None:
+            self.ready.remove(job)
+            self.given.add(key(job))
         return job
 
     def finished(self, record: Record) -> None:
         """Take note; perhaps its cell's final runs can start now, before shorter ones."""
         self.records.append(record)
-        if self.own is None:
-            self.ready = list(self._missing())
+        self.ready = list(self._missing())
 
 
 def best_choice(

@@ -50,7 +50,7 @@ class Pass:
     clean: bool
     query: Tensor
     axes: dict[str, NoisyRows]
-    eps: float
+    eps: float | Tensor
     rng: Tensor
 
 

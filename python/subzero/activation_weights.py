@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subzero_kernels import PURPOSE_BASIS_U, fold_, make_rng, orthonormal_basis, stream_id
+from subzero_kernels import PURPOSE_BASIS_U, fold_, orthonormal_basis, stream_id
 
 from .activation import ActivationPath, Tap
 from .alignment import aligned_bases
@@ -39,7 +39,6 @@ class ActivationWeights(TrainedWeights):
         self.full = FullSpace(self.taps, self.dtype, self) if plan.form == "full" else None
         self.space: CreditSpace = self.full or CreditSpace(self.taps, self.dtype)
         self.seen: list[Tensor] = []  # the last rows x / |x| of each linear, at most 4 r
-        self._changed = False
         self._met_checked = False
 
     def spaces(self) -> Iterator[tuple[str, Space]]:
@@ -185,7 +184,7 @@ class ActivationWeights(TrainedWeights):
 
     def end_step(self) -> None:
         """The update is made."""
-        self._changed = True
+        self.changed = True
         if self.plan.form == "core" and any(tap.credit.transposed for tap in self.taps):
             self.show()  # a transposed core is a copy, all others are views of the state
 
@@ -196,6 +195,7 @@ class ActivationWeights(TrainedWeights):
             return
         self.space.value.mul_(factor)
         self.decay.mul_(factor)
+        self.decayed = True
 
     # windows and folds
 
@@ -207,7 +207,8 @@ class ActivationWeights(TrainedWeights):
         if self.full is not None:
             return
         if self.options.state_at_refresh == "reset":
-            state["core"].clear()
+            for held in state["core"].values():
+                held.zero_()
         self._draw_carriers(window)
         if not self.seen:
             return
@@ -221,21 +222,28 @@ class ActivationWeights(TrainedWeights):
 
     def fold(self) -> None:
         """W = decay W + U S V^T or decay W + B V^T, then S or B = 0."""
-        if not self._changed:
+        if not self.changed:
             return
-        self._changed = False
+        self.changed = False
         if self.full is not None or not self.aligned:
             return
         with torch.no_grad():
-            decay = float(self.decay)
-            rng = make_rng(self.options.seed, self.folds, device=self.device)
+            decay = float(self.decay) if self.decayed else 1.0
             for tap, state in zip(self.taps, self.space.views(self.space.value), strict=True):
                 u, v, core = self._factors(tap, state)
                 credit = tap.credit
-                fold_(credit.param.data, u, v, core, decay=decay, **self._rounding(credit, rng))
-            self.folds += 1
+                fold_(
+                    credit.param.data,
+                    u,
+                    v,
+                    core,
+                    decay=decay,
+                    **self._rounding(credit, self.fold_rng),
+                )
+            self.folded()
             self.space.value.zero_()
             self.decay.fill_(1.0)
+            self.decayed = False
             self.show()
 
     # saving

@@ -197,7 +197,9 @@ def train(
         float | None,
         _option(TRAIN, "--max-minutes", "Stop training early after this long.", show_default=False),
     ] = D.max_minutes,
-    lr: Annotated[float | None, _recipe(OPTIM, "--lr", "Learning rate.")] = D.lr,
+    lr: Annotated[
+        float | None, _recipe(OPTIM, "--lr", "Learning rate, by --steps; at the default length")
+    ] = D.lr,
     eps: Annotated[float | None, _recipe(OPTIM, "--eps", "Size of a perturbation.")] = D.eps,
     queries: Annotated[
         int | None,

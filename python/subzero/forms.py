@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subzero_kernels import PURPOSE_ROUNDING, fold_, make_rng, noise_outer_, stream_id
+from subzero_kernels import PURPOSE_ROUNDING, fold_, noise_outer_, stream_id
 from subzero_kernels.rng import round_stochastic, words
 
 from .activation import Tap
@@ -114,7 +114,7 @@ class FullSpace(CreditSpace):
             u, v = noise, units.T.contiguous()
             if credit.transposed:
                 u, v = v, u
-            rounding = self.weights._rounding(credit, self._fold_rng())
+            rounding = self.weights._rounding(credit, self.weights.fold_rng)
             fold_(credit.param.data, u, v, eye, decay=self.decay, **rounding)
         self._written()
 
@@ -136,18 +136,14 @@ class FullSpace(CreditSpace):
         """W = decay W + change (m, n), rounded once."""
         w = credit.param.data
         value = self.decay * w.to(change.dtype) + (change.T if credit.transposed else change)
-        how = self.weights._rounding(credit, self._fold_rng())
+        how = self.weights._rounding(credit, self.weights.fold_rng)
         if how["rounding"] == "stochastic" and w.dtype.itemsize < 4:
             word = words(how["rng"], stream_id(PURPOSE_ROUNDING, credit.index), w.numel())
             value = round_stochastic(value, word.view(w.shape), w.dtype)
         w.copy_(value)
 
-    def _fold_rng(self) -> Tensor:
-        weights = self.weights
-        return make_rng(weights.options.seed, weights.folds, device=weights.device)
-
     def _written(self) -> None:
-        self.weights.folds += 1
+        self.weights.folded()
         self.decay = 1.0
 
 

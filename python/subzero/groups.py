@@ -22,7 +22,7 @@ def batch_size(batch: Any) -> int:
             value = batch.get(key)
             if isinstance(value, Tensor) and value.dim():
                 return value.shape[0]
-    sizes = [t.shape[0] for t in _tensors(batch) if t.dim()]
+    sizes = [t.shape[0] for t in tensors_of(batch) if t.dim()]
     if not sizes:
         raise TypeError(
             f"batch: expected tensors with the examples along axis 0, got {type(batch).__name__} "
@@ -45,31 +45,32 @@ def repeat_batch(batch: Any, groups: int) -> Any:
             return t.expand(groups * examples, *t.shape[1:])
         return t
 
-    return batch if groups == 1 else _map(batch, repeat)
+    return batch if groups == 1 else map_tensors(batch, repeat)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of nested mappings, lists and tuples, in their order."""
     found: list[Tensor] = []
 
     def note(t: Tensor) -> Tensor:
         found.append(t)
         return t
 
-    _map(tree, note)
+    map_tensors(tree, note)
     return found
 
 
-def _map(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """``fn`` on each tensor of nested mappings, lists and tuples; everything else as it is."""
     if isinstance(tree, Tensor):
         return fn(tree)
     if isinstance(tree, Mapping):
-        new = {key: _map(value, fn) for key, value in tree.items()}
+        new = {key: map_tensors(value, fn) for key, value in tree.items()}
         return new if type(tree) is dict else type(tree)(new)  # type: ignore[call-arg]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map(value, fn) for value in tree))
+        return type(tree)(*(map_tensors(value, fn) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_map(value, fn) for value in tree)
+        return type(tree)(map_tensors(value, fn) for value in tree)
     return tree
 
 
@@ -108,7 +109,7 @@ class SharedPrefix:
     def _cut_call(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self._active:
             return None
-        return _map(args, self._cut), _map(kwargs, self._cut)
+        return map_tensors(args, self._cut), map_tensors(kwargs, self._cut)
 
     def _last(self, block: nn.Module, args: Any, output: Any) -> Any:
         if not self._active:
@@ -121,7 +122,7 @@ class SharedPrefix:
                 return t.repeat(self.groups, *[1] * (t.dim() - 1))
             return t
 
-        return _map(output, repeat)
+        return map_tensors(output, repeat)
 
     def _cut(self, t: Tensor) -> Tensor:
         return t[: self.rows // self.groups] if self._is_batch(t) else t
@@ -130,7 +131,7 @@ class SharedPrefix:
         return t.dim() > 1 and t.shape[0] == self.rows
 
     def _same_groups(self, block: nn.Module, args: Any, kwargs: Any) -> bool:
-        tensors = [t for t in _tensors((args, kwargs)) if self._is_batch(t)]
+        tensors = [t for t in tensors_of((args, kwargs)) if self._is_batch(t)]
         key = (id(block), self.groups, self.rows, *(tuple(t.shape) for t in tensors))
         if key not in self._checked:
             self._checked[key] = bool(tensors) and all(

@@ -50,6 +50,11 @@ class Hooks:
         """``register`` is a bound method such as ``module.register_forward_hook``."""
         self._handles.append(register(Hook(call, self._before_copy), **options))
 
+    @property
+    def attached(self) -> bool:
+        """Whether there are any, which ``remove`` ends."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()

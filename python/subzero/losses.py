@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +18,24 @@ from .rows import main_grid, scored_positions, with_decoder_tokens
 from .side_path import DenseValue, GroupsDiffer, LowRank
 from .weights import Weights
 
+Sums = tuple[Tensor, int | Tensor]
 Signs = list[tuple[int | None, int]]
 Objective = Callable[..., Tensor] | LogitsLoss
-Micro = tuple[Any, Tensor | None]  # a batch, and the mask of tokens whose losses are read
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch as the model takes it, and what is read of its losses.
+
+    scored: mask (examples, tokens) of the tokens whose losses are read, or None. Of a LogitsLoss
+    also index and valid (examples, P), and whether P suffices: 0-d bool, None where it must.
+    """
+
+    batch: Any
+    scored: Tensor | None
+    index: Tensor | None = None
+    valid: Tensor | None = None
+    fits: Tensor | None = None
 
 
 class Evaluator:
@@ -33,9 +50,18 @@ class Evaluator:
         self._used_checked = False
 
     def bind(
-        self, closure: Any, objective: Objective | None, positions: Any = None
+        self,
+        closure: Any,
+        objective: Objective | None,
+        positions: Any = None,
+        widths: Sequence[int] | None = None,
     ) -> Callable[[Signs], Tensor]:
-        """Check what the user passed, before anything is touched."""
+        """Check what the user passed, before anything is touched.
+
+        Args:
+            widths: P of each micro-batch of a LogitsLoss, if they are not to be read from the
+                device. Losses of a batch that has more positions are NaN.
+        """
         if objective is None:
             if not callable(closure):
                 raise TypeError(
@@ -49,19 +75,24 @@ class Evaluator:
         if not batches:
             raise ValueError("batch: expected at least one micro-batch, got an empty list")
         masks = micro_masks(positions, len(batches))
-        micros = [self._micro(b, objective, m) for b, m in zip(batches, masks, strict=True)]
+        known = [None] * len(batches) if widths is None else widths
+        micros = [
+            self._micro(b, objective, m, width)
+            for b, m, width in zip(batches, masks, known, strict=True)
+        ]
         return lambda signs: self._batches(micros, objective, signs)
 
-    def _micro(self, batch: Any, objective: Objective, positions: Any) -> tuple[Any, Tensor | None]:
-        """The batch as the model takes it, and the mask of tokens whose losses are read."""
+    def _micro(self, batch: Any, objective: Objective, positions: Any, width: int | None) -> Micro:
         examples = batch_size(batch)
         if isinstance(objective, LogitsLoss):
             batch = objective.prepare(self.model, batch)
-            return batch, objective.scored(batch, positions)
+            mask = objective.scored(batch, positions)
+            fits = None if width is None else (mask.sum(1) <= width).all()
+            return Micro(batch, mask, *objective.read(mask, positions, width), fits)
         named = with_decoder_tokens(self.model, batch)
         grid = main_grid(named, examples, 0)
         scored = scored_positions(named, examples, grid, positions)
-        return batch, grid.real if scored is None and grid is not None else scored
+        return Micro(batch, grid.real if scored is None and grid is not None else scored)
 
     def _closure(self, closure: Callable[[], Any], signs: Signs) -> Tensor:
         device = self.weights.decay.device
@@ -87,8 +118,8 @@ class Evaluator:
         self._check_used()
         return torch.cat(losses)
 
-    def _together(self, micro: Micro, objective: Objective, groups: int) -> tuple[Tensor, int]:
-        rows = groups * batch_size(micro[0])
+    def _together(self, micro: Micro, objective: Objective, groups: int) -> Sums:
+        rows = groups * batch_size(micro.batch)
         self.weights.show_all(rows)
         self.shared.groups, self.shared.rows = groups, rows
         try:
@@ -96,15 +127,15 @@ class Evaluator:
         finally:
             self.shared.groups = self.shared.rows = 1
 
-    def _sums(self, micro: Micro, objective: Objective, groups: int) -> tuple[Tensor, int]:
+    def _sums(self, micro: Micro, objective: Objective, groups: int) -> Sums:
         """The sum of each group's losses (groups,) fp32, and how many were summed."""
-        batch, scored = micro
-        examples = batch_size(batch)
-        repeated = repeat_batch(batch, groups)
+        scored = micro.scored
+        examples = batch_size(micro.batch)
+        repeated = repeat_batch(micro.batch, groups)
         if isinstance(objective, LogitsLoss):
-            assert scored is not None
-            losses = objective(self.model, repeated, scored.repeat(groups, 1))
-            width = int(scored.sum(1).max())
+            assert micro.index is not None and micro.valid is not None
+            index, valid = micro.index.repeat(groups, 1), micro.valid.repeat(groups, 1)
+            losses, width = objective.at(self.model, repeated, index, valid), index.shape[1]
         else:
             losses = objective(repeated)
             width = 0 if scored is None else scored.shape[1]
@@ -117,12 +148,14 @@ class Evaluator:
                 'use reduction="none" and average within each example'
             )
         losses = losses.detach().to(self.weights.decay.device, torch.float32)
+        if micro.fits is not None:
+            losses = torch.where(micro.fits, losses, math.nan)
         if losses.dim() == 1:
             return losses.view(groups, -1).sum(1), examples
         assert scored is not None
         if not isinstance(objective, LogitsLoss):
             losses = losses.masked_fill(~scored.to(losses.device).repeat(groups, 1), 0)
-        return losses.view(groups, -1).sum(1), int(scored.sum())
+        return losses.view(groups, -1).sum(1), scored.sum()
 
     def _check_used(self) -> None:
         """After the first evaluation: name what is trained but was not evaluated where we look."""
@@ -143,7 +176,7 @@ class Evaluator:
             )
 
 
-def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
+def _mean(parts: list[Sums]) -> Tensor:
     """Losses (groups,): sums of micro-batches over how many losses there were."""
     return torch.stack([total for total, _ in parts]).sum(0) / sum(count for _, count in parts)
 

@@ -22,6 +22,7 @@ from .rows import (
     last_positions,
     main_grid,
     next_positions,
+    readable,
     scored_positions,
     take,
     token_labels,
@@ -39,6 +40,8 @@ class LogitsLoss:
             such a mask. None: what ``step`` is given, else the positions before labels other than
             -100.
         tokens: ids of the vocabulary that fn reads; logits are then (examples, P, len(tokens)).
+        width: P, where ``positions`` marks as many in every batch: then it need not be read from
+            the device.
 
     A batch is a mapping; what the model's forward knows by name is passed to it, labels are not.
     """
@@ -49,6 +52,7 @@ class LogitsLoss:
         positions: Callable[[Any], Tensor] | Tensor | None = None,
         *,
         tokens: Sequence[int] | None = None,
+        width: int | None = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(
@@ -57,6 +61,16 @@ class LogitsLoss:
         self.fn = fn
         self.positions = positions
         self.tokens = None if tokens is None else list(tokens)
+        self.width = width
+        self._token_ids: dict[torch.device, Tensor] = {}
+
+    def token_ids(self, device: torch.device) -> Tensor | None:
+        """``tokens`` on a device, int64, copied there once."""
+        if self.tokens is None:
+            return None
+        if device not in self._token_ids:
+            self._token_ids[device] = torch.tensor(self.tokens, device=device)
+        return self._token_ids[device]
 
     def prepare(self, model: nn.Module, batch: Any) -> Any:
         """The batch as the model takes it: an encoder-decoder's labels shifted into its input."""
@@ -97,8 +111,23 @@ class LogitsLoss:
     def __call__(self, model: nn.Module, batch: Any, positions: Tensor | None = None) -> Tensor:
         """Losses (examples,), or (examples, P) with zeros beyond an example's own."""
         batch = self.prepare(model, batch)
-        index, valid = compact(self.scored(batch, positions))
-        losses = self.losses(logits_at(model, batch, index, self.tokens), batch, index)
+        index, valid = self.read(self.scored(batch, positions), positions)
+        return self.at(model, batch, index, valid)
+
+    def read(
+        self, mask: Tensor, positions: Tensor | None, width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Index and valid entries (examples, P) of the mask that ``scored`` gave for ``positions``.
+
+        P is ``width`` if given, else as many as a row has at most, which is read from the device
+        unless the loss names it; positions of a call's own may be more than those.
+        """
+        return compact(mask, self.width if width is None and positions is None else width)
+
+    def at(self, model: nn.Module, batch: Any, index: Tensor, valid: Tensor) -> Tensor:
+        """Losses of a prepared batch at index (examples, P), zeros where entries are not valid."""
+        logits = logits_at(model, batch, index, self.token_ids(index.device))
+        losses = self.losses(logits, batch, index)
         return losses.masked_fill(~valid, 0) if losses.shape == valid.shape else losses
 
     def losses(self, logits: Tensor, batch: Any, index: Tensor) -> Tensor:
@@ -108,7 +137,8 @@ class LogitsLoss:
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         """Logits at the scored positions, (examples, P, vocabulary or tokens)."""
         batch = self.prepare(model, batch)
-        return logits_at(model, batch, compact(self.scored(batch))[0], self.tokens)
+        index, _ = self.read(self.scored(batch), None)
+        return logits_at(model, batch, index, self.token_ids(index.device))
 
 
 def label_words(ids: Sequence[int]) -> LogitsLoss:
@@ -124,7 +154,7 @@ def label_words(ids: Sequence[int]) -> LogitsLoss:
     def loss(logits: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(at_least_fp32(logits[:, 0]), batch["labels"], reduction="none")
 
-    return LogitsLoss(loss, last_positions, tokens=ids)
+    return LogitsLoss(loss, last_positions, tokens=ids, width=1)
 
 
 def next_token() -> LogitsLoss:
@@ -150,7 +180,7 @@ class _NextToken(LogitsLoss):
         if positions is None:
             return own
         mask = super().scored(batch, positions) & own
-        if not bool(mask.any()):
+        if readable(mask) and not bool(mask.any()):
             raise ValueError(
                 "positions: expected at least one token with a real successor, or before a label "
                 "other than -100, got none; mark the token in front of one that is predicted"
@@ -199,7 +229,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def logits_at(
-    model: nn.Module, batch: Any, index: Tensor, tokens: Sequence[int] | None = None, **extra: Any
+    model: nn.Module, batch: Any, index: Tensor, tokens: Tensor | None = None, **extra: Any
 ) -> Tensor:
     """The model's logits at index (examples, P), of ``tokens`` only if asked.
 
@@ -207,6 +237,7 @@ def logits_at(
     cap) stays as it is.
 
     Args:
+        tokens: ids of the vocabulary, int64 (words,), on the device.
         extra: further arguments of the model's forward.
 
     Returns:
@@ -220,14 +251,14 @@ def logits_at(
     if head is None:
         output = model(**inputs, **extra)
         logits = take(output if isinstance(output, Tensor) else output.logits, index)
-        return logits if tokens is None else logits[..., list(tokens)]
+        return logits if tokens is None else logits.index_select(-1, tokens)
     with _reading(head, index, tokens) as cut:
         logits = model(**inputs, **extra).logits
-    return logits if tokens is None or cut else logits[..., list(tokens)]
+    return logits if tokens is None or cut else logits.index_select(-1, tokens)
 
 
 @contextmanager
-def _reading(head: nn.Module, index: Tensor, tokens: Sequence[int] | None) -> Iterator[bool]:
+def _reading(head: nn.Module, index: Tensor, tokens: Tensor | None) -> Iterator[bool]:
     """The head sees the rows at ``index`` only; yields whether it forms those tokens alone.
 
     A head that is trained runs whole: the side path knows its weight by identity.
@@ -242,7 +273,7 @@ def _reading(head: nn.Module, index: Tensor, tokens: Sequence[int] | None) -> It
         hidden = take(hidden, index)
         if not cut:
             return whole(hidden)
-        words = torch.tensor(tokens, device=weight.device)
+        words = tokens.to(weight.device)  # type: ignore[union-attr]
         return F.linear(hidden, weight[words], None if shift is None else shift[words])
 
     head.forward = forward  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subzero_kernels import make_rng
+
 from . import options, state
 from .activation_weights import ActivationWeights
 from .adapter import export_lora
+from .capture import CapturedStep, GraphMemory
 from .credit import CreditPlan, make_credit_plan
 from .hooks import attached
-from .losses import Evaluator
+from .hyper import Numbers, on_device
+from .losses import Evaluator, Signs
 from .objectives import LogitsLoss
 from .plan import Plan, make_plan, one_device
 from .queries import ActivationEvaluator
-from .rules import RULES, Hyper, directional, where
+from .rules import RULES, directional, where
 from .weights import Weights
 
 
@@ -141,9 +146,13 @@ class SubZero(torch.optim.Optimizer):
         super().__init__([{"params": params, **group}], {})
         self.model = model
         self.steps = 0
-        self.draws = 0
         self.window = 0
+        self._rng = make_rng(seed, 0, device)  # draw: the queries so far
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._numbers = Numbers(device)
+        self._numbers.follow(group)
+        self._rehearsing = self._capturing = False
+        self._graph_memory: GraphMemory | None = None
         self._weights: Weights | ActivationWeights
         if isinstance(plan, CreditPlan):
             self._weights = ActivationWeights(plan, self.options)
@@ -172,8 +181,20 @@ class SubZero(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How many steps were skipped because a loss was not finite."""
+        """How many steps were skipped because a loss was not finite; it waits for the device."""
         return int(self._skipped)
+
+    @property
+    def draws(self) -> int:
+        """How many queries have drawn noise, those of skipped steps too; it waits for the device.
+
+        May be set: the next step draws from there.
+        """
+        return int(self._rng[1])
+
+    @draws.setter
+    def draws(self, count: int) -> None:
+        self._rng[1:].fill_(count)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -206,17 +227,48 @@ class SubZero(torch.optim.Optimizer):
             TypeError, ValueError: a loss that is no scalar, or not one per example or token; the
                 weights are as before.
         """
-        opts, group = self.options, self.param_groups[0]
-        options.check_group(group)
-        rng = torch.tensor([opts.seed, self.draws], device=self._skipped.device)
-        if opts.activation:
-            loss, finite = self._activation_step(closure, objective, positions, rng)
+        self._read_group()
+        if self.options.activation:
+            loss, finite = self._activation_step(closure, objective, positions)
         else:
-            loss, finite = self._weight_step(closure, objective, positions, rng)
-        self._skipped += ~finite
+            evaluate = self._evaluator.bind(closure, objective, positions)
+            self._open_window()
+            loss, finite = self._weight_step(evaluate)
+        self._count(finite)
         self.steps += 1
-        self.draws += opts.queries
         return loss.float()
+
+    @torch.no_grad()
+    def capture(
+        self,
+        batch: Any,
+        objective: Callable[[Any], Tensor] | LogitsLoss,
+        positions: Tensor | list[Tensor] | None = None,
+    ) -> CapturedStep:
+        """A step as one CUDA graph: ``run = opt.capture(batch, objective)``, ``loss = run(batch)``.
+
+        The graph holds noise, all forwards, losses, the rule, the update and the counters; a call
+        copies a batch into its buffers and replays it, bit for bit what ``step(batch, objective)``
+        does, without waiting for the device and without allocating. lr, eps, momentum and the like
+        may change between calls, windows open and fold as they do in ``step``, both ways of making
+        a step may alternate, and ``state_dict`` and ``load_state_dict`` go on working. Capturing
+        makes no step.
+
+        A graph is of one shape: capture one for each bucket of lengths. All share one pool of
+        memory, that of the largest. On a CPU, which has no graphs, ``run(batch)`` is the step.
+
+        Args:
+            batch, objective, positions: as in ``step``. The batch gives shapes, dtypes and whatever
+                is no tensor; its values do not matter, but for the number of positions that a
+                LogitsLoss reads: a later batch may have fewer. If one has more, a batch from the
+                CPU is an error, and one from the device a step that is skipped.
+
+        Raises:
+            RuntimeError: the model or the objective reads a value from the device, or does
+                something else that a CUDA graph cannot hold.
+            ValueError, TypeError: as in ``step``.
+        """
+        return CapturedStep(self, batch, objective, positions)
 
     @torch.no_grad()
     def bases_from(
@@ -241,11 +293,10 @@ class SubZero(torch.optim.Optimizer):
             )
         assert isinstance(self._weights, ActivationWeights)
         micros = self._queries.bind(batches, objective, positions)
-        rng = torch.tensor([self.options.seed, self.draws], device=self._skipped.device)
         with self._eval_mode(), self._weights.forgetting():
             self._weights.begin_step()
             for micro in micros:
-                self._queries.clean_rows(micro, objective, rng)
+                self._queries.clean_rows(micro, objective, self._rng)
             self._weights.align_kept(self.window)
 
     def evaluate_whole_groups(self, why: str) -> None:
@@ -306,34 +357,41 @@ class SubZero(torch.optim.Optimizer):
 
     # inside a step
 
-    def _weight_step(
-        self, closure: Any, objective: Any, positions: Any, rng: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    # Nothing here reads from the device where a captured graph may hold it: weights, losses and
+    # counters stay there, and a step that is skipped is masked.
+
+    def _read_group(self) -> None:
+        options.check_group(self.param_groups[0])
+        self._numbers.follow(self.param_groups[0])
+
+    def _count(self, finite: Tensor) -> None:
+        self._skipped += ~finite
+        self._rng[1:].add_(self.options.queries)
+
+    def _weight_step(self, evaluate: Callable[[Signs], Tensor]) -> tuple[Tensor, Tensor]:
         assert isinstance(self._weights, Weights)
-        opts, eps = self.options, self.param_groups[0]["eps"]
-        evaluate = self._evaluator.bind(closure, objective, positions)
-        self._open_window()
-        with self._eval_mode(), self._weights.perturbed(eps, rng) as signs:
+        opts, eps = self.options, self._numbers.hyper.eps
+        with self._eval_mode(), self._weights.perturbed(eps, self._rng) as signs:
             losses = evaluate(signs)
+            if self._rehearsing:
+                losses = losses * math.nan
             rho, finite = directional(losses, eps, opts.two_sided, opts.rule)
-            self._update(rho / opts.queries, finite, rng)
+            self._update(rho / opts.queries, finite)
         return losses.mean() if opts.two_sided else losses[0], finite
 
-    def _activation_step(
-        self, batch: Any, objective: Any, positions: Any, rng: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _activation_step(self, batch: Any, objective: Any, positions: Any) -> tuple[Tensor, Tensor]:
         weights = self._weights
         assert isinstance(weights, ActivationWeights)
         micros = self._queries.bind(batch, objective, positions)
         self._open_window()
         with self._eval_mode(), weights.forgetting():
             weights.begin_step()
-            outcome = self._queries.evaluate(micros, objective, self.param_groups[0]["eps"], rng)
+            outcome = self._queries.evaluate(micros, objective, self._numbers.hyper.eps, self._rng)
             weights.end_evaluation(outcome.finite, self.window)
             # form full writes the weights themselves, where adding nothing may change a bit
             if weights.full is None or bool(outcome.finite):
                 row_weights = weights.space.set_rows(outcome.weight, outcome.ids)
-                self._update(row_weights, outcome.finite, rng)
+                self._update(row_weights, outcome.finite)
             weights.end_step()
         return outcome.loss, outcome.finite
 
@@ -345,15 +403,18 @@ class SubZero(torch.optim.Optimizer):
         self._weights.open_window(window, self._rule_state)
         self.window = window
 
-    def _update(self, weight: Tensor, finite: Tensor, rng: Tensor) -> None:
-        group = self.param_groups[0]
-        hyper = Hyper(group["lr"], group["momentum"], group["betas"], group["adam_eps"])
-        rule = RULES[self.options.rule]
-        if group["weight_decay"]:
-            factor = 1 - group["lr"] * group["weight_decay"]
+    @property
+    def _decays(self) -> bool:
+        decay = self.param_groups[0]["weight_decay"]
+        return on_device(decay) or bool(decay)
+
+    def _update(self, weight: Tensor, finite: Tensor) -> None:
+        hyper, rule = self._numbers.hyper, RULES[self.options.rule]
+        if self._decays or self._capturing:
+            factor = 1 - hyper.lr * hyper.weight_decay
             self._weights.decay_(where(finite, factor, 1.0, torch.float64))
         for name, space in self._weights.spaces():
-            rule(space, self._rule_state[name], weight, finite, rng, hyper)
+            rule(space, self._rule_state[name], weight, finite, self._rng, hyper)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

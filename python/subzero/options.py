@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .credit import CREDITS, FORMS
+from .hyper import on_device
 from .plan import RESHAPES
 from .rules import RULES
 
@@ -128,14 +129,16 @@ def check_group(group: dict[str, Any]) -> None:
         ("weight_decay", 0.0, False),
     ):
         value = group[name]
+        if on_device(value) and value.numel() == 1:  # reading it would wait for the device
+            continue
         ok = isinstance(value, (int, float)) or getattr(value, "numel", lambda: 0)() == 1
         if not ok or not math.isfinite(value) or value < low or (open_low and value == low):
             bound = "above 0" if open_low else "of at least 0"
             raise ValueError(f"{name}: expected a finite number {bound}, got {value!r}")
-    if group["momentum"] >= 1:
+    if not on_device(group["momentum"]) and group["momentum"] >= 1:
         raise ValueError(f"momentum: expected a number below 1, got {group['momentum']!r}")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+    if len(betas) != 2 or not all(on_device(b) or 0 <= b < 1 for b in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
 
 

@@ -30,6 +30,8 @@ from .rows import (
     encoder_grid,
     main_grid,
     make_grid,
+    readable,
+    require_scored,
     scored_positions,
     take,
     with_decoder_tokens,
@@ -147,11 +149,15 @@ class ActivationEvaluator:
             grid = make_grid(examples, tokens, self.path.device, first=first)
         noisy = grid.real if self.options.where == "all" else scored
         assert noisy is not None
+        if scored is not None and not readable(scored):
+            require_scored(scored)
         index, valid = compact(grid.real if scored is None else scored)
         source = encoder_grid(named, examples, first) if self.options.where == "all" else None
         return Micro(batch, examples, grid, noisy, source, scored, index, valid)
 
-    def evaluate(self, micros: list[Micro], objective: Any, eps: float, rng: Tensor) -> Outcome:
+    def evaluate(
+        self, micros: list[Micro], objective: Any, eps: float | Tensor, rng: Tensor
+    ) -> Outcome:
         """All losses of the step; the taps keep the clean rows."""
         for micro in micros:
             if self._serves_rows(micro, objective):
@@ -180,7 +186,7 @@ class ActivationEvaluator:
 
     # whole groups
 
-    def _whole_groups(self, micro: Micro, objective: Any, eps: float, rng: Tensor) -> None:
+    def _whole_groups(self, micro: Micro, objective: Any, eps: float | Tensor, rng: Tensor) -> None:
         queries = self.options.queries
         groups = queries + 1
         every = torch.arange(queries, device=rng.device)
@@ -198,7 +204,9 @@ class ActivationEvaluator:
         batch = repeat_batch(micro.batch, groups)
         if isinstance(objective, LogitsLoss):
             assert micro.scored is not None
-            losses = objective(self.model, batch, micro.scored.repeat(groups, 1))
+            losses = objective.at(
+                self.model, batch, micro.index.repeat(groups, 1), micro.valid.repeat(groups, 1)
+            )
             return self._shaped(losses, micro, groups, micro.index.shape[1], "scored positions")
         losses = objective(batch)
         shaped = self._shaped(losses, micro, groups, micro.grid.real.shape[1], "tokens")
@@ -236,7 +244,9 @@ class ActivationEvaluator:
             and micro.grid.sequences == micro.examples  # packed rows need a mask of their own
         )
 
-    def _row_queries(self, micro: Micro, objective: LogitsLoss, eps: float, rng: Tensor) -> None:
+    def _row_queries(
+        self, micro: Micro, objective: LogitsLoss, eps: float | Tensor, rng: Tensor
+    ) -> None:
         decoder = self._decoder
         assert decoder is not None and micro.scored is not None
         none = torch.zeros(0, dtype=torch.int64, device=rng.device)
@@ -244,7 +254,10 @@ class ActivationEvaluator:
         self.path.begin(Pass(1, True, none, axes, eps, rng))
         try:
             with decoder.recording(micro.grid, micro.scored) as extra:
-                logits = logits_at(self.model, micro.batch, micro.index, objective.tokens, **extra)
+                logits = logits_at(
+                    self.model, micro.batch, micro.index,
+                    objective.token_ids(micro.index.device), **extra,
+                )  # fmt: skip
             if self._reproduces(micro, objective, logits, eps, rng):
                 clean = self._shaped(
                     objective.losses(logits, micro.batch, micro.index), micro, 1,
@@ -281,10 +294,10 @@ class ActivationEvaluator:
         index = decoder.within(micro.index).repeat(queries, 1)
         with decoder.decoding(queries):
             inputs = decoder.inputs(micro.batch, queries)
-            return logits_at(self.model, inputs, index, objective.tokens)
+            return logits_at(self.model, inputs, index, objective.token_ids(index.device))
 
     def _reproduces(
-        self, micro: Micro, objective: LogitsLoss, clean: Tensor, eps: float, rng: Tensor
+        self, micro: Micro, objective: LogitsLoss, clean: Tensor, eps: float | Tensor, rng: Tensor
     ) -> bool:
         """Whether rows decoded without noise give the clean logits; tried once, and with padding.
 
@@ -313,7 +326,7 @@ class ActivationEvaluator:
 
     # from losses to weights
 
-    def _weigh(self, micros: list[Micro], eps: float) -> Outcome:
+    def _weigh(self, micros: list[Micro], eps: float | Tensor) -> Outcome:
         """The weight of every noisy row: its difference over s, and over what is averaged."""
         queries = self.options.queries
         if micros[0].by_token:

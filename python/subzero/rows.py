@@ -6,6 +6,7 @@ sequence in front of it, so padding on either side and packing change nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,22 @@ class Grid:
         example: int64, the sequence's number in the step; micro-batches count on.
         position: int64, real tokens of the sequence in front of the row.
         real: bool, False on padding.
-        sequences: how many examples there are.
+        first: number of the first example.
+        packed: whether a batch row may hold several examples.
     """
 
     example: Tensor
     position: Tensor
     real: Tensor
-    sequences: int
+    first: int
+    packed: bool
+
+    @functools.cached_property
+    def sequences(self) -> int:
+        """How many examples there are; with ``packed`` it waits for the device."""
+        if not self.packed:
+            return self.example.shape[0]
+        return int(self.example[-1, -1]) + 1 - self.first
 
     @property
     def ids(self) -> Tensor:
@@ -61,15 +71,16 @@ def make_grid(
         position_ids = position_ids.expand(rows, tokens)
     begins = torch.zeros_like(real)
     begins[:, 0] = True
+    packed = False
     if position_ids is not None and position_ids.shape == real.shape:
+        packed = True
         both = real[:, 1:] & real[:, :-1]
         begins[:, 1:] = both & (position_ids[:, 1:] <= position_ids[:, :-1]).to(device)
     example = begins.flatten().cumsum(0).view(rows, tokens) - 1
     before = real.long().cumsum(1) - real.long()
     at_begin = torch.where(begins, before, torch.full_like(before, -1)).cummax(1).values
     position = before - at_begin
-    sequences = rows + int(begins[:, 1:].sum())
-    return Grid(example + first, position, real, sequences)
+    return Grid(example + first, position, real, first, packed)
 
 
 def main_grid(batch: Any, examples: int, first: int) -> Grid | None:
@@ -164,7 +175,8 @@ def scored_positions(
 ) -> Tensor | None:
     """The mask (examples, tokens) the loss reads: as given, else from labels; None: not known.
 
-    Padding is never scored.
+    Padding is never scored. A mask on a device is not read: one without any position gives no
+    loss, and the step is skipped.
     """
     given = positions(batch) if callable(positions) else positions
     if given is None:
@@ -175,12 +187,23 @@ def scored_positions(
         return None
     if grid is not None:
         mask = mask.to(grid.real.device) & grid.real
+    if readable(mask):
+        require_scored(mask)
+    return mask
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def require_scored(mask: Tensor) -> None:
+    """One error where no position is scored; it waits for the mask's device."""
     if not bool(mask.any()):
         raise ValueError(
             "positions: expected at least one real token that the loss reads, got none; "
             "mark one in the mask, or label one"
         )
-    return mask
 
 
 def last_positions(batch: Mapping[str, Tensor]) -> Tensor:
@@ -204,15 +227,20 @@ def next_positions(batch: Mapping[str, Tensor]) -> Tensor:
     return mask
 
 
-def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+def compact(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """The true entries of each row, in order and from the left.
+
+    Args:
+        width: P, where it is known: at least the largest count of a row. Otherwise it is read,
+            which waits for the device.
 
     Returns:
         index (rows, P) int64 and valid (rows, P) bool, P the largest count of a row; entries that
         are not valid point at the row's first one (at 0 in a row without any).
     """
     count = mask.sum(1)
-    width = int(count.max())
+    if width is None:
+        width = int(count.max())
     index = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :width]
     valid = torch.arange(width, device=mask.device) < count[:, None]
     return torch.where(valid, index, index[:, :1] * (count[:, None] > 0)), valid

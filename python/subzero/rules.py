@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .hyper import Hyper
 from .spaces import Space
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """What the param group says now."""
-
-    lr: float
-    momentum: float
-    betas: tuple[float, float]
-    adam_eps: float
-
 
 State = dict[str, Tensor]
 
 
-def directional(losses: Tensor, eps: float, two_sided: bool, rule: str) -> tuple[Tensor, Tensor]:
+def directional(
+    losses: Tensor, eps: float | Tensor, two_sided: bool, rule: str
+) -> tuple[Tensor, Tensor]:
     """rho per query (K,) fp32, zeros where the step is skipped, and ``finite`` (0-d bool).
 
     losses (G,): +0, -0, +1, -1, ... or baseline, 0, 1, .... rho_k = (l_k+ - l_k-) / (2 eps) or
@@ -143,12 +134,9 @@ RULES: dict[str, Callable[[Space, State, Tensor, Tensor, Tensor, Hyper], None]] 
 }
 
 
-def where(finite: Tensor, number: float, otherwise: float, dtype: torch.dtype) -> Tensor:
-    """``number`` in a step that counts, else ``otherwise``: 0-d, and exact to ``dtype``.
-
-    Two plain numbers would give ``torch.where`` an fp32 result.
-    """
-    return torch.where(finite, torch.full_like(finite, number, dtype=dtype), otherwise)
+def where(finite: Tensor, number: Tensor, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """``number`` (0-d) in a step that counts, else ``otherwise``: 0-d, and exact to ``dtype``."""
+    return torch.where(finite, number.to(dtype), otherwise)
 
 
 def _buffer(space: Space, state: State, name: str) -> Tensor:

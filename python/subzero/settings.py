@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         lr=3e-2, eps=1e-3, queries=8, rule="norm", rank=16, refresh_every=1000,
         sides="one", apply="forward", reshape="auto", **_STATE,
     ),
-    "mezo": dict(**_UPPER, steps=10_000, schedule="constant", lr=1e-5, eps=1e-3),
+    "mezo": dict(**_UPPER, steps=5_000, schedule="cosine", lr=1e-4, eps=1e-3),
     "adamw": dict(
         **_UPPER, steps=100, schedule="cosine",
         lr=1e-4, beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0,
@@ -46,6 +46,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Where language modelling differs: every token carries noise of its own, and a query costs a
 # forward of the upper half instead of one row.
 TEXT: dict[str, dict[str, Any]] = {"activation": dict(queries=4, lr=5e-3)}
+
+# Learning rates of the study by steps, with cosine schedules (docs/recipes.md); other lengths take
+# one in between. From LONG steps on it had more row queries.
+RATES: dict[str, dict[int, float]] = {
+    "activation": {54: 4e-2, 167: 2e-2, 785: 3e-3, 3937: 1.3e-3},
+    "weight": {20: 3e-2, 60: 3e-2, 400: 1e-2},
+    "mezo": {50: 1e-3, 150: 1e-3, 1000: 3e-4, 5000: 1.3e-4},
+    "adamw": {33: 3e-4, 100: 1e-4, 667: 3e-5, 3333: 1.3e-5},
+}
+TEXT_RATES: dict[str, dict[int, float]] = {"activation": {34: 5e-3, 100: 5e-3, 667: 2e-3}}
+LONG, LONG_QUERIES = 785, 64
 
 # Where 16-bit weights differ: rounding hides small noise. Correlation of the losses' differences
 # with fp32's (benchmarks/results/learning_precision.csv): bf16 0.33 at 1e-3, 0.96 at 1e-2, 0.995
@@ -167,8 +178,14 @@ def fill(s: Settings, method: str, labelled: bool) -> Settings:
         labelled: whether the task has label words; else it is language modelling.
     """
     recipe = dict(RECIPES[method])
+    steps = recipe["steps"] if s.steps is None else s.steps
+    rates = RATES[method]
+    if method == "activation" and steps >= LONG:
+        recipe["queries"] = LONG_QUERIES
     if not labelled:
         recipe.update(TEXT.get(method, {}))
+        rates = TEXT_RATES.get(method, rates)
+    recipe["lr"] = rate_for(rates, steps)
     if s.dtype != "float32":
         recipe.update(SIXTEEN_BIT.get(method, {}))
     if s.paper:
@@ -179,6 +196,19 @@ def fill(s: Settings, method: str, labelled: bool) -> Settings:
     if filled.eval_every is None:
         filled = replace(filled, eval_every=max(1, math.ceil(filled.steps / 5)))
     return filled
+
+
+def rate_for(rates: dict[int, float], steps: int) -> float:
+    """The learning rate of a run of so many steps, to one digit: the study's lie no closer.
+
+    On a straight line between two of the study's on logarithmic scales, beyond them the nearest.
+    """
+    known = sorted(rates)
+    steps = min(max(steps, known[0]), known[-1])
+    below = max(n for n in known[:-1] if n <= steps)
+    above = known[known.index(below) + 1]
+    way = math.log(steps / below) / math.log(above / below)
+    return float(f"{rates[below] ** (1 - way) * rates[above] ** way:.0e}")
 
 
 def defaults(name: str) -> str:

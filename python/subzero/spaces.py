@@ -88,6 +88,7 @@ class CoreSpace(Space):
         super().__init__(entries, [(e.rank, e.rank) for e in entries], dtype)
         self.streams = [stream_id(PURPOSE_CORE, e.index) for e in entries]
         self.mus = [e.mu for e in entries]
+        self._evaluated: list[Tensor] = []
         self.scale = torch.cat(
             [
                 self.value.new_full((math.prod(s),), mu)
@@ -108,7 +109,14 @@ class CoreSpace(Space):
     def evaluation(self, coeff: Tensor, rng: Tensor) -> list[Tensor]:
         """The cores C_g = S + mu sum_k coeff[g, k] Z_(draw+k): one (G, r, r) per matrix."""
         groups = coeff.shape[0]
-        out = [self.value.new_empty(groups, *shape) for shape in self.shapes]
+        if not self._evaluated or self._evaluated[0].shape[0] != groups:
+            # kept: the addresses go into the kernel's tables, and into captured graphs
+            sizes = [groups * math.prod(shape) for shape in self.shapes]
+            parts = self.value.new_empty(sum(sizes)).split(sizes)
+            self._evaluated = [
+                part.view(groups, *s) for part, s in zip(parts, self.shapes, strict=True)
+            ]
+        out = self._evaluated
         core_noise_(out, self.views(self.value), coeff, rng, streams=self.streams, mu=self.mus)
         return out
 
@@ -145,6 +153,7 @@ class DenseSpace(Space):
         flat = self.value.repeat(coeff.shape[0], 1)
         for g, k in enumerate(query):
             if k is not None:
-                offset = torch.tensor([0, k], device=rng.device)
-                self.add_noise_(flat[g], coeff[g, k : k + 1], rng + offset)
+                shifted = rng.clone()
+                shifted[1:].add_(k)
+                self.add_noise_(flat[g], coeff[g, k : k + 1], shifted)
         return self.views(flat)

@@ -96,11 +96,13 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
     counters = saved["counters"]
     with torch.no_grad():
         opt.fold()
-        opt._rule_state = {"core": {}, "dense": {}}
+        for held in opt._rule_state.values():  # captured graphs read these very tensors
+            for tensor in held.values():
+                tensor.zero_()
         for name, value in saved["tensors"].items():
             space, _, key = name.partition(".")
             if name not in own:
-                opt._rule_state[space][key] = _like(value, spaces[space], key)
+                _restore(opt._rule_state[space], key, _like(value, spaces[space], key))
         opt.steps, opt.draws = counters["steps"], counters["draws"]
         opt.window, weights.folds = counters["window"], counters["folds"]
         opt._skipped.fill_(counters["skipped"])
@@ -111,6 +113,13 @@ def load(opt: SubZero, saved: dict[str, Any]) -> None:
 def _like(value: Tensor, space: Space, key: str) -> Tensor:
     dtype = torch.float64 if key == "updates" else space.dtype
     return value.detach().to(space.value.device, dtype).clone()
+
+
+def _restore(state: dict[str, Tensor], key: str, value: Tensor) -> None:
+    if key in state:
+        state[key].copy_(value)
+    else:
+        state[key] = value
 
 
 def _parameters(opt: SubZero) -> list[list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subzero_kernels import PURPOSE_ROUNDING, stream_id
+from subzero_kernels import PURPOSE_ROUNDING, make_rng, stream_id
 
 from .hooks import Hooks
 from .options import Options
@@ -21,21 +21,42 @@ class TrainedWeights(ABC):
 
     Attributes:
         plan: what is trained and how; its entries have name, index, param, rank and way.
-        folds: how often weights were written, the draw of stochastic rounding.
+        fold_rng: [seed, folds] on the device; the draw of stochastic rounding is how often
+            weights were written.
         decay: product of (1 - lr weight_decay) since the last fold, 0-d float64.
+        changed, decayed: whether a step has come since the last fold, and one that decayed.
     """
 
     def __init__(self, plan: Any, options: Options) -> None:
         self.plan = plan
         self.options = options
-        self.folds = 0
         self.hooks = Hooks(self._before_copy)
         params = [e.param for e in plan.entries]
         self.device = params[0].device
         double = any(p.dtype == torch.float64 for p in params)
         self.dtype = torch.float64 if double else torch.float32
         self.decay = torch.ones((), dtype=torch.float64, device=self.device)
+        self.fold_rng = make_rng(options.seed, 0, self.device)
+        self.changed = self.decayed = False
         self._owned: dict[nn.Module, dict[str, Any]] = {}
+
+    @property
+    def folds(self) -> int:
+        """How often weights were written; it waits for the device."""
+        return int(self.fold_rng[1])
+
+    @folds.setter
+    def folds(self, count: int) -> None:
+        self.fold_rng[1:].fill_(count)
+
+    def stepped(self, decays: bool) -> None:
+        """A step was made, or replayed, which decayed the weights or not."""
+        self.changed = True
+        self.decayed |= decays
+
+    def folded(self) -> None:
+        """One more fold."""
+        self.fold_rng[1:].add_(1)
 
     @abstractmethod
     def spaces(self) -> Iterator[tuple[str, Space]]:

@@ -21,7 +21,6 @@ from subzero_kernels import (
     PURPOSE_ROUNDING,
     core_noise_,
     fold_,
-    make_rng,
     orthonormal_basis,
     perturb_plan,
     stream_id,
@@ -45,9 +44,9 @@ class Weights(TrainedWeights):
         self.masters = DenseSpace(plan.dense, self.dtype) if plan.dense else None
         self._bases: list[tuple[Tensor, Tensor]] = []
         self._copies: dict[int, Tensor] = {}
-        self._changed = False
         self._rng = torch.zeros(2, dtype=torch.int64)
         self._coeff = torch.zeros(1, 1)
+        self._signs = _sign_matrix(options).to(self.device)
         self._shown = 0
         self._group_cores: list[Tensor] = []
         self._group_values: list[Tensor] = []
@@ -85,7 +84,8 @@ class Weights(TrainedWeights):
     def open_window(self, window: int, state: dict[str, dict[str, Tensor]]) -> None:
         """Bases of the window; the cores' rule state is kept or reset."""
         if self.options.state_at_refresh == "reset":
-            state["core"].clear()
+            for held in state["core"].values():
+                held.zero_()
         self.draw_bases(window)
 
     def resume(self, window: int, tensors: dict[str, Tensor]) -> None:
@@ -108,8 +108,20 @@ class Weights(TrainedWeights):
         return next((name for name in self.tensors() if name not in names), "")
 
     def draw_bases(self, window: int) -> None:
-        """U and V of every matrix: QR of the contract's normals, draw = index of the window."""
-        self._bases = [self._basis_pair(e, window) for e in self.plan.factored]
+        """U and V of every matrix: QR of the contract's normals, draw = index of the window.
+
+        Those of a later window take the memory of the first: captured graphs read them there.
+        """
+        if self._bases:
+            for e, held in zip(self.plan.factored, self._bases, strict=True):
+                for old, new in zip(held, self._basis_pair(e, window), strict=True):
+                    old.copy_(new)
+        else:
+            self._bases = [self._basis_pair(e, window) for e in self.plan.factored]
+            self._place_bases()
+        self._show_current()
+
+    def _place_bases(self) -> None:
         for e, (u, v) in zip(self.plan.factored, self._bases, strict=True):
             if e.way == SIDE:
                 low = self.side.matrices[id(e.param)]
@@ -120,7 +132,6 @@ class Weights(TrainedWeights):
             streams = [stream_id(PURPOSE_CORE, e.index) for e in self.plan.factored]
             with torch.no_grad():
                 self._perturb = perturb_plan(ws, us, vs, streams)
-        self._show_current()
 
     def _basis_pair(self, e: Entry, window: int) -> tuple[Tensor, Tensor]:
         m, n = e.factor
@@ -140,32 +151,29 @@ class Weights(TrainedWeights):
     # one step
 
     @contextmanager
-    def perturbed(self, eps: float, rng: Tensor) -> Iterator[list[tuple[int | None, int]]]:
+    def perturbed(self, eps: Tensor, rng: Tensor) -> Iterator[list[tuple[int | None, int]]]:
         """Prepare all groups of a step; afterwards the weights show what the update made of them.
 
         Yields (query, sign) of every group; ``show(g)`` or ``show_all`` evaluate them.
         """
         signs = self.options.signs()
-        coeff = torch.zeros(len(signs), self.options.queries)
-        for g, (k, sign) in enumerate(signs):
-            if k is not None:
-                coeff[g, k] = sign * eps
-        self._coeff = coeff.to(rng.device)
+        self._coeff = self._signs * eps
         self._rng = rng
         self._shown = -1
         if self.cores and self.options.apply == "forward":
             self._group_cores = self.cores.evaluation(self._coeff, rng)
         if self.masters:
             self._group_values = self.masters.evaluation(self._coeff, rng, [k for k, _ in signs])
-        before = self.cores.value.clone() if self.cores else torch.zeros(())
+        in_place = self.options.apply == "in_place"
+        before = self.cores.value.clone() if self.cores and in_place else torch.zeros(())
         try:
             yield signs
         finally:
             self.side.leave_all()
-            if self.options.apply == "in_place" and self.cores and self._shown >= 0:
+            if in_place and self.cores and self._shown >= 0:
                 self._settle(self.cores.value - before)
             self._group_cores, self._group_values = [], []
-            self._changed = True
+            self.changed = True
             self._show_current()
 
     def show_all(self, rows: int) -> None:
@@ -199,13 +207,14 @@ class Weights(TrainedWeights):
         core_noise_([c[None] for c in core], core, noise, self._rng, streams=streams, mu=mus)
         self._shown = -1
         self._fold_into([e.param for e in self.plan.factored], core, 1.0)
-        self.folds += 1
+        self.folded()
 
     def decay_(self, factor: Tensor) -> None:
         """Decoupled weight decay of a step: on S now, on W's own part at the fold."""
         if self.cores:
             self.cores.value.mul_(factor)
             self.decay.mul_(factor)
+            self.decayed = True
 
     # between steps
 
@@ -215,12 +224,12 @@ class Weights(TrainedWeights):
         if self.cores:
             cores = self.cores.views(self.cores.value)
             self._set_cores([c[None] for c in cores])
-            if self._changed and self.options.apply == "forward":
+            if self.changed and self.options.apply == "forward":
                 self._write_copies(cores, self._rng)
         if self.masters:
             values = self.masters.views(self.masters.value)
             self._set_values([v[None] for v in values])
-            if self._changed:
+            if self.changed:
                 self._write_dense(values, self._rng)
 
     def _set_cores(self, cores: list[Tensor]) -> None:
@@ -251,18 +260,18 @@ class Weights(TrainedWeights):
 
     def fold(self) -> None:
         """W = decay W + U S V^T, S = 0, decay = 1; nothing where no step came since the last."""
-        if not self._changed:
+        if not self.changed:
             return
         with torch.no_grad():
             if self.cores:
                 # in place, W holds U S V^T already: decay W + (1 - decay) U S V^T is the same
-                decay = float(self.decay)
+                decay = float(self.decay) if self.decayed else 1.0
                 in_place = self.options.apply == "in_place"
                 core = self.cores.value * (1 - decay if in_place else 1.0)
                 targets = [self._copies.get(e.index, e.param) for e in self.plan.factored]
                 if not in_place or decay != 1:
                     self._fold_into(targets, self.cores.views(core), decay)
-                    self.folds += 1
+                    self.folded()
                 for e in self.plan.factored:
                     if e.way == COPY:
                         e.param.copy_(self._copies[e.index])
@@ -270,12 +279,12 @@ class Weights(TrainedWeights):
                 self.decay.fill_(1.0)
             if self.masters:
                 self.masters.write_parameters()
-            self._changed = False
+            self.changed = self.decayed = False
 
     def _fold_into(self, targets: list[Any], cores: list[Tensor], decay: float) -> None:
-        rng = make_rng(self.options.seed, self.folds, device=self.decay.device)
         for e, w, (u, v), core in zip(self.plan.factored, targets, self._bases, cores, strict=True):
-            fold_(w, u, v, core, decay=decay, **self._rounding(e, rng, perturbing=False))
+            rounding = self._rounding(e, self.fold_rng, perturbing=False)
+            fold_(w, u, v, core, decay=decay, **rounding)
 
     def reread(self, module: nn.Module) -> None:
         """The module's own parameters were loaded from outside (after a fold): start from them."""
@@ -286,3 +295,13 @@ class Weights(TrainedWeights):
                 self._copies[e.index].copy_(e.param.detach())
         if self.masters and own:
             self.masters.read_parameters(own)
+
+
+def _sign_matrix(options: Options) -> Tensor:
+    """(G, K) fp32: the sign with which group g takes the noise of query k."""
+    signs = options.signs()
+    matrix = torch.zeros(len(signs), options.queries, device="cpu")
+    for g, (k, sign) in enumerate(signs):
+        if k is not None:
+            matrix[g, k] = sign
+    return matrix

@@ -2,15 +2,18 @@
 
 ``SUBZERO_BACKEND`` is read at each call: ``auto`` (the default) takes the native backend of the
 tensors' device where it is built and has the op, else ``reference``; a name takes that backend or
-raises. On NVIDIA GPUs there are two, ``cuda`` and ``triton``: auto takes the one that was measured
-to be the faster for the op, the dtype and the size (``choices.json``, empty until both have been
-measured), the other where that one cannot run, and ``cuda`` before ``triton`` where nothing was
-measured.
+raises. On NVIDIA GPUs there are two, ``cuda`` and ``triton``. auto takes ``cuda``, but ``triton``
+for the kinds of call (op, dtype, size, rank: :func:`kind_of`) at which it was measured to be faster
+by more than :data:`MARGIN`; and the other one where that one cannot run. The measurements are in
+``choices.json``, which ``benchmarks/choose_backends.py`` makes from the committed tables.
 
 A backend is a module of this package with the op's own name and arguments as plain functions,
 ``OPS`` (the names it has) and ``available()`` (whether it runs here, and why). It may have
 ``DEVICES``, the types of device that it takes where they are not those of its name, and a
-``perturb_plan(ws, us, vs, streams)`` of its own, whose ``perturb_`` a plan then calls.
+``perturb_plan(ws, us, vs, streams)`` of its own, whose ``perturb_`` a plan calls, and for an op
+on lists a ``prepare_<op>``: it takes the op's arguments and returns what runs the op on the same
+lists with any ``coeff`` and ``rng`` (of the same shapes, as ``run(coeff, rng)``), or None. That may
+hold addresses, but no tensor: it is kept for calls to come (:mod:`subzero_kernels.known`).
 Backends trust their inputs: :mod:`subzero_kernels.validate` has checked them.
 """
 
@@ -37,6 +40,8 @@ _REMEDY = f"set {VARIABLE}=auto or {VARIABLE}=reference"
 
 # Elements of the (first) tensor from which on an op counts as large: its speed, not its launch.
 LARGE = 1 << 20
+# triton must be this much faster than cuda to be taken, so that no repeated run turns it over.
+MARGIN = 0.03
 
 
 class Choice(NamedTuple):
@@ -79,37 +84,50 @@ def _usable(name: str, op: str, device: str, float64: bool) -> tuple[ModuleType 
 
 @functools.cache
 def measured() -> dict[str, Any]:
-    """choices.json: ``on`` (where it was measured) and, by op and kind, ``us`` by backend."""
+    """choices.json.
+
+    ``on`` says where it was measured, ``triton_speed`` by op and kind how many times as fast as
+    ``cuda`` ``triton`` was; both are empty until both backends have been measured.
+    """
     text = resources.files(__name__).joinpath("choices.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
-@functools.cache
-def kind_of(dtype: object, large: bool) -> str:
-    """The key under which choices.json has an op's times: "bfloat16 large", "float32 small".
+def kind_of(dtype: object, numel: int, rank: int = 0) -> str:
+    """What choices.json tells apart of an op's calls: "bfloat16 large rank 64", "float32 small".
 
     Args:
         dtype: of the (first) tensor, a torch.dtype.
-        large: whether it has LARGE elements or more.
+        numel: its elements; from LARGE on it is large.
+        rank: of U and V, or the width of what noise_outer_ multiplies. Kernels work on ranks
+            rounded up to a power of two, 16 or more, and so does the kind. 0: the op has none.
     """
-    return f"{str(dtype).removeprefix('torch.')} {'large' if large else 'small'}"
+    return _kind(dtype, numel >= LARGE, max(4, (rank - 1).bit_length()) if rank else 0)
+
+
+@functools.cache
+def _kind(dtype: object, large: bool, log_rank: int) -> str:
+    kind = f"{str(dtype).removeprefix('torch.')} {'large' if large else 'small'}"
+    return f"{kind} rank {1 << log_rank}" if log_rank else kind
 
 
 def kinds(op: str) -> list[str]:
     """The kinds that an op was measured for."""
-    return list(measured()["us"].get(op, {}))
+    return list(measured()["triton_speed"].get(op, {}))
 
 
 def _candidates(op: str, device: str, kind: str) -> tuple[list[str], str]:
-    """What auto tries on this type of device, fastest first, and what to say of the first."""
+    """What auto tries on this type of device, best first, and what to say of the first."""
     names = list(_AUTO.get(device, ()))
-    times: dict[str, float] = measured()["us"].get(op, {}).get(kind, {})
-    if len(names) < 2 or not all(name in times for name in names):
+    speed: float | None = measured()["triton_speed"].get(op, {}).get(kind)
+    if speed is None or "triton" not in names:
         return names, ""
-    names.sort(key=lambda name: times[name])
-    best, other = names[:2]
-    on = measured()["on"]
-    return names, f"{times[other] / times[best]:.2f} times as fast as {other} ({kind}, {on}); "
+    where = f"({kind}, {measured()['on']}); "
+    if speed > 1 + MARGIN:
+        return ["triton", "cuda"], f"{speed:.2f} times as fast as cuda {where}"
+    if speed >= 1:
+        return names, f"within {MARGIN:.0%} of triton {where}"
+    return names, f"{1 / speed:.2f} times as fast as triton {where}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,7 +158,7 @@ def choose(op: str, device: str, float64: bool = False, kind: str = "") -> Choic
     """The backend that runs ``op`` on tensors of device type ``device`` now.
 
     Args:
-        kind: what :func:`kind_of` says of the first tensor; without it nothing was measured.
+        kind: what :func:`kind_of` says of the call; without it nothing was measured.
 
     Raises:
         ValueError: SUBZERO_BACKEND holds an unknown name.

@@ -6,7 +6,8 @@ compose torch's GEMMs: one with W as it lies there, one skinny one and the rank-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,7 +81,10 @@ def perturb_(
 
 
 class PerturbPlan:
-    """perturb_many_ on one list of matrices, whose addresses are taken once."""
+    """perturb_many_ on one list of matrices, whose addresses are taken once.
+
+    Whoever makes it keeps the memory alive.
+    """
 
     def __init__(
         self,
@@ -89,7 +93,6 @@ class PerturbPlan:
         vs: Sequence[Tensor],
         streams: Sequence[int],
     ) -> None:
-        self._tensors = (list(ws), list(us), list(vs))  # keeps the memory alive
         self._plan = args.require().cpu.PerturbPlan(
             [args.low_rank(w, u, v, s) for w, u, v, s in zip(ws, us, vs, streams, strict=True)]
         )
@@ -105,6 +108,19 @@ class PerturbPlan:
 perturb_plan = PerturbPlan
 
 
+def prepare_perturb_many_(
+    ws: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> Callable[[Tensor, Tensor], None]:
+    return functools.partial(PerturbPlan(ws, us, vs, streams).perturb_, rounding=rounding)
+
+
 def perturb_many_(
     ws: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -118,6 +134,27 @@ def perturb_many_(
     PerturbPlan(ws, us, vs, streams).perturb_(coeff, rng, rounding)
 
 
+def prepare_perturb_dense_(
+    ws: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> Callable[[Tensor, Tensor], None]:
+    items, how = args.dense(ws, streams), args.rounding(rounding)
+
+    def run(coeff: Tensor, rng: Tensor) -> None:
+        args.require().cpu.perturb_dense_(
+            items=items,
+            queries=args.queries(coeff, rng),
+            rounding=how,
+            threads=torch.get_num_threads(),
+        )
+
+    return run
+
+
 def perturb_dense_(
     ws: Sequence[Tensor],
     coeff: Tensor,
@@ -126,12 +163,29 @@ def perturb_dense_(
     streams: Sequence[int],
     rounding: str = "nearest",
 ) -> None:
-    args.require().cpu.perturb_dense_(
-        items=args.dense(ws, streams),
-        queries=args.queries(coeff, rng),
-        rounding=args.rounding(rounding),
-        threads=torch.get_num_threads(),
-    )
+    prepare_perturb_dense_(ws, coeff, rng, streams=streams, rounding=rounding)(coeff, rng)
+
+
+def prepare_core_noise_(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    mu: Sequence[float],
+) -> Callable[[Tensor, Tensor], None]:
+    items = args.cores(out, base, streams, mu)
+
+    def run(coeff: Tensor, rng: Tensor) -> None:
+        args.require().cpu.core_noise_(
+            items=items,
+            groups=coeff.shape[0],
+            queries=args.queries(coeff, rng),
+            threads=torch.get_num_threads(),
+        )
+
+    return run
 
 
 def core_noise_(
@@ -143,12 +197,7 @@ def core_noise_(
     streams: Sequence[int],
     mu: Sequence[float],
 ) -> None:
-    args.require().cpu.core_noise_(
-        items=args.cores(out, base, streams, mu),
-        groups=coeff.shape[0],
-        queries=args.queries(coeff, rng),
-        threads=torch.get_num_threads(),
-    )
+    prepare_core_noise_(out, base, coeff, rng, streams=streams, mu=mu)(coeff, rng)
 
 
 def fold_(

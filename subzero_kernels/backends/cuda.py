@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +85,10 @@ def normal_(out: Tensor, rng: Tensor, stream: int) -> None:
 
 
 class PerturbPlan:
-    """perturb_many_ on one list of matrices, sorted into launches once."""
+    """perturb_many_ on one list of matrices, sorted into launches once.
+
+    Whoever makes it keeps the memory alive; it holds tensors only where ranks are high.
+    """
 
     def __init__(
         self,
@@ -94,12 +98,13 @@ class PerturbPlan:
         streams: Sequence[int],
         op: str = "perturb_many_",
     ) -> None:
-        items = list(zip(ws, us, vs, streams, strict=True))  # keeps the memory alive
-        self._items = [item for item in items if item[1].shape[1] <= high_rank.NATIVE_RANK]
+        items = list(zip(ws, us, vs, streams, strict=True))
+        native = [item for item in items if item[1].shape[1] <= high_rank.NATIVE_RANK]
         self._high_rank = [item for item in items if item[1].shape[1] > high_rank.NATIVE_RANK]
+        self.holds_tensors = bool(self._high_rank)
         self._device = ws[0].device
         self._plan = args.require().cuda.LowRankPlan(
-            op=op, items=[args.low_rank(*item) for item in self._items], device=self._device.index
+            op=op, items=[args.low_rank(*item) for item in native], device=self._device.index
         )
 
     def perturb_(self, coeff: Tensor, rng: Tensor, rounding: str = "nearest") -> None:
@@ -131,6 +136,20 @@ def perturb_(
     rounding: str = "nearest",
 ) -> None:
     PerturbPlan([w], [u], [v], [stream], "perturb_").perturb_(coeff, rng, rounding)
+
+
+def prepare_perturb_many_(
+    ws: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> Callable[[Tensor, Tensor], None] | None:
+    plan = PerturbPlan(ws, us, vs, streams)
+    return None if plan.holds_tensors else functools.partial(plan.perturb_, rounding=rounding)
 
 
 def perturb_many_(
@@ -173,6 +192,27 @@ def fold_(
     )
 
 
+def prepare_perturb_dense_(
+    ws: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> Callable[[Tensor, Tensor], None]:
+    items, how = args.dense(ws, streams), args.rounding(rounding)
+
+    def run(coeff: Tensor, rng: Tensor) -> None:
+        args.require().cuda.perturb_dense_(
+            items=items,
+            queries=args.queries(coeff, rng),
+            rounding=how,
+            launch=_launch(coeff),
+        )
+
+    return run
+
+
 def perturb_dense_(
     ws: Sequence[Tensor],
     coeff: Tensor,
@@ -181,12 +221,29 @@ def perturb_dense_(
     streams: Sequence[int],
     rounding: str = "nearest",
 ) -> None:
-    args.require().cuda.perturb_dense_(
-        items=args.dense(ws, streams),
-        queries=args.queries(coeff, rng),
-        rounding=args.rounding(rounding),
-        launch=_launch(ws[0]),
-    )
+    prepare_perturb_dense_(ws, coeff, rng, streams=streams, rounding=rounding)(coeff, rng)
+
+
+def prepare_core_noise_(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    mu: Sequence[float],
+) -> Callable[[Tensor, Tensor], None]:
+    items = args.cores(out, base, streams, mu)
+
+    def run(coeff: Tensor, rng: Tensor) -> None:
+        args.require().cuda.core_noise_(
+            items=items,
+            groups=coeff.shape[0],
+            queries=args.queries(coeff, rng),
+            launch=_launch(coeff),
+        )
+
+    return run
 
 
 def core_noise_(
@@ -198,12 +255,7 @@ def core_noise_(
     streams: Sequence[int],
     mu: Sequence[float],
 ) -> None:
-    args.require().cuda.core_noise_(
-        items=args.cores(out, base, streams, mu),
-        groups=coeff.shape[0],
-        queries=args.queries(coeff, rng),
-        launch=_launch(coeff),
-    )
+    prepare_core_noise_(out, base, coeff, rng, streams=streams, mu=mu)(coeff, rng)
 
 
 def add_noise_(

@@ -20,7 +20,7 @@ from ._gemms import lowrank_linear as lowrank_linear
 from .reference import _exact_products
 from .triton_kernels import shapes
 from .triton_kernels.dense import Dense, run_of, vector
-from .triton_kernels.launch import interpreted, launch, multiprocessors
+from .triton_kernels.launch import described, interpreted, launch, multiprocessors
 from .triton_kernels.noise import (
     add_noise_kernel,
     core_noise_kernel,
@@ -58,7 +58,7 @@ OPS = frozenset(
 DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
 
 # Widths of A that noise_outer_ multiplies where it makes the noise; wider ones go through cuBLAS,
-# with the noise of this many elements at a time.
+# with the noise of this many elements at a time, but no more than `out` has.
 _NATIVE_WIDTH = 128
 _NOISE_ELEMENTS = 1 << 22
 # noise_outer_ makes at least this many programs, as far as their sums fit into 1 MiB.
@@ -124,7 +124,7 @@ def perturb_dense_(
     )
 
 
-_cores: Recent[Table] = Recent(32)
+_cores: Recent[tuple[Table, str]] = Recent(32)  # and what an error says of the cores
 
 
 def core_noise_(
@@ -142,7 +142,11 @@ def core_noise_(
         rows += [rank, stream, bits_of(scale), cores.data_ptr(), start.data_ptr()]
     groups, queries = coeff.shape
     device, shape = coeff.device, shapes.CORE
-    table = _cores.get_or_make((device, *rows), lambda: Table(rows, device), device)
+
+    def make() -> tuple[Table, str]:
+        return Table(rows, device), described(len(base), core=base[0])
+
+    table, on = _cores.get_or_make((device, *rows), make, device)
     runs = _ceil(max(start.shape[0] for start in base) ** 2, 4 * shape.units)
     # The third axis of a grid ends at 65,535: more groups are taken in turn.
     for first in range(0, groups, _MOST_GROUPS):
@@ -151,6 +155,7 @@ def core_noise_(
             (len(base), runs, min(groups - first, _MOST_GROUPS)), device,
             table.tensor(), coeff, coeff, queries, rng, first,
             FIELDS=5, SCRATCH=False, N=shape.units, num_warps=shape.warps,
+            on=on,
         )  # fmt: skip
 
 
@@ -229,7 +234,7 @@ def _wide_outer(
     if not count:
         out.mul_(beta) if beta else out.zero_()
     shape = shapes.SUM
-    step = max(1, _NOISE_ELEMENTS // columns)
+    step = max(1, min(_NOISE_ELEMENTS, out.numel()) // columns)
     for start in range(0, count, step):
         part = slice(start, start + step)
         some = len(rows[part])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .launch import TYPES, launch
+from .launch import TYPES, described, launch
 from .noise import perturb_dense_kernel
 from .tables import Table
 
@@ -32,6 +32,7 @@ class Dense:
 
     def __init__(self, ws: Sequence[Tensor], streams: Sequence[int]) -> None:
         shape = shapes.DENSE
+        self._on = described(len(ws), w=ws[0])
         kinds: dict[tuple[torch.dtype, bool, bool], tuple[list[int], list[int]]] = {}
         self._launches: list[tuple[Table, int, int, dict[str, Any]]] = []
         items: dict[tuple[torch.dtype, bool, bool], int] = {}
@@ -60,5 +61,6 @@ class Dense:
             launch(
                 "perturb_dense_", perturb_dense_kernel, (items,), table.device,
                 table, table[5 * count :], count, coeff, coeff.shape[0], rng,
-                STOCHASTIC=stochastic and constants["DTYPE"] != TYPES[torch.float32], **constants,
+                STOCHASTIC=stochastic and constants["DTYPE"] != TYPES[torch.float32],
+                on=self._on, **constants,
             )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,10 +26,23 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def described(count: int, **first: torch.Tensor) -> str:
+    """What a launch on many tensors says of them in an error: of hundreds the first is enough."""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in first.items())
+    return f"{count} tensors, the first: {shapes}"
+
+
 def launch(
-    op: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
+    op: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *args: Any,
+    on: str | Sequence[torch.Tensor] = (),
+    **options: Any,
 ) -> None:
-    """Run ``kernel``; whatever Triton or the driver says becomes a RuntimeError that names the op.
+    """Run ``kernel``; whatever Triton or the driver says becomes a RuntimeError that names the op
+    and the shapes: of ``on`` where given (text where a table hides the tensors), else of ``args``.
 
     fma is fused where the source says so and nowhere else, or normals would have other bits.
     """
@@ -39,8 +53,10 @@ def launch(
         try:
             kernel[grid](*args, enable_fp_fusion=False, **options)
         except Exception as error:
-            shapes = ", ".join(str(tuple(a.shape)) for a in args if isinstance(a, torch.Tensor))
+            if not isinstance(on, str):
+                tensors = on or [a for a in args if isinstance(a, torch.Tensor)]
+                on = "tensors " + ", ".join(str(tuple(t.shape)) for t in tensors)
             raise RuntimeError(
                 f"{op}: Triton {triton.__version__} could not run {kernel.fn.__name__} on {device} "
-                f"(grid {grid}, tensors {shapes}): {error}"
+                f"(grid {grid}, {on}): {error}"
             ) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .launch import TYPES, launch, multiprocessors
+from .launch import TYPES, described, launch, multiprocessors
 from .lowrank_update import update_many_kernel, update_one_kernel
 from .noise import core_kernel, core_noise_kernel
 from .tables import Table
@@ -180,6 +180,8 @@ class _Group:
             self.items += count
             self.scratch += 0 if kind.draws else rank * rank
         self.count, self.device = len(items), device
+        w, u, v, _ = items[0]
+        self.on = described(len(items), w=w, u=u, v=v)
         most_rank = max(u.shape[1] for _, u, _, _ in items)
         self.core_runs = -(-most_rank * most_rank // (4 * shapes.CORE.units))
         self.constants = kind.constants(stochastic) | dict(
@@ -201,11 +203,12 @@ class _Group:
                 op, core_noise_kernel, (self.count, self.core_runs, 1), self.device,
                 table, scratch, coeff, queries, rng, 0,
                 FIELDS=len(FIELDS), SCRATCH=True, N=shapes.CORE.units, num_warps=shapes.CORE.warps,
+                on=self.on,
             )  # fmt: skip
         launch(
             op, update_many_kernel, self.grid, self.device,
             table, table[self.firsts_at :], self.count, self.items, scratch, coeff, queries, rng,
-            **self.constants,
+            on=self.on, **self.constants,
         )  # fmt: skip
 
 
@@ -248,7 +251,7 @@ def update_one(
             launch(
                 op, core_kernel, (-(-rank * rank // (4 * shapes.CORE.units)),), device,
                 core, coeff, coeff.shape[0], rng, rank * rank, signed(stream), mu,
-                N=shapes.CORE.units, num_warps=shapes.CORE.warps,
+                N=shapes.CORE.units, num_warps=shapes.CORE.warps, on=(w, u, v),
             )  # fmt: skip
     some = core if rng is None else rng  # nothing reads it
     high = torch.tensor(decay, dtype=torch.float32, device="cpu").item()
@@ -256,5 +259,5 @@ def update_one(
         op, update_one_kernel, (items,), device,
         w, u, v, core, core if coeff is None else coeff, 0 if coeff is None else coeff.shape[0],
         some, m, n, *strides, rank, signed(stream), mu, tiles, across, high, decay - high,
-        DRAW=draw, DECAY=decay != 1.0, **kind.constants(stochastic),
+        DRAW=draw, DECAY=decay != 1.0, on=(w, u, v), **kind.constants(stochastic),
     )  # fmt: skip

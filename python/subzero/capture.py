@@ -1,0 +1,256 @@
+"""One step as one CUDA graph.
+
+A graph replays kernels on fixed addresses, so everything that outlives a step has memory of its
+own outside the graph: cores and masters, bases, the rule's state, counters, the numbers of the
+param group, the batch's buffers and the loss. What is left inside is used up within one replay.
+Hence graphs of several shapes can share one pool of memory and be replayed in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .groups import map_tensors, tensors_of
+from .losses import micro_masks
+from .masks import packed_as_before
+from .objectives import LogitsLoss
+
+if TYPE_CHECKING:
+    from .optimizer import SubZero
+
+# Losses are handed out from a block of this many, so that a call allocates nothing and what it
+# returned stays as it is when the graph runs again.
+_LOSSES = 4096
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether steps on this device can be captured; elsewhere they are made as they are."""
+    return device.type == "cuda"
+
+
+class GraphMemory:
+    """The pool that all graphs of one optimizer share, and the stream they are captured on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
+class CapturedStep:
+    """``loss = run(batch)``: a training step on batches of one shape. Made by ``SubZero.capture``.
+
+    Attributes:
+        graph: the CUDA graph, or None on a device that has none.
+    """
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def __init__(self, opt: SubZero, batch: Any, objective: Any, positions: Any) -> None:
+        self._opt = opt
+        self._objective = objective
+        self._widths: list[int] | None = None
+        device = opt._weights.device
+        if opt.options.activation:
+            raise NotImplementedError(
+                "capture: expected noise='weight', got 'activation', whose rows are counted on "
+                "the host; take step(batch, objective)"
+            )
+        if not callable(objective):
+            raise TypeError(f"objective: expected a callable, got {type(objective).__name__}")
+        opt._read_group()
+        opt._evaluator.bind(batch, objective, positions)
+
+        def buffer(t: Tensor) -> Tensor:
+            return torch.empty(t.shape, dtype=t.dtype, device=device).copy_(t)
+
+        self._batch = map_tensors(batch, buffer)
+        self._positions = map_tensors(positions, buffer)
+        if has_graphs(device):
+            self._widths = self._read_widths()
+            with torch.cuda.device(device):
+                self._capture()
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, positions: Any = None) -> Tensor:
+        """One step. Batches from the CPU are best pinned; do not overwrite them before it is done.
+
+        Returns:
+            0-d fp32 tensor on the device, as ``SubZero.step`` does.
+
+        Raises:
+            ValueError: a batch of another shape, dtype or structure than the captured one.
+            RuntimeError: the optimizer was detached.
+        """
+        opt = self._opt
+        if not opt._weights.hooks.attached:
+            raise RuntimeError(
+                "run: expected an attached optimizer, got one after detach(); build SubZero again "
+                "and capture its step"
+            )
+        opt._read_group()
+        pairs = [*_pairs("batch", self._batch, batch)]
+        pairs += _pairs("positions", self._positions, positions)
+        self._check_widths(batch, positions)
+        for held, given in pairs:
+            held.copy_(given, non_blocking=True)
+        opt._open_window()
+        loss = self._step() if self.graph is None else self._replay()
+        opt.steps += 1
+        opt._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
+        return loss
+
+    # making the graph
+
+    def _capture(self) -> None:
+        opt = self._opt
+        if opt._graph_memory is None:
+            opt._graph_memory = GraphMemory(opt._weights.device)
+        memory = opt._graph_memory
+        self._loss = torch.zeros((), device=opt._weights.device)
+        self._losses, self._given = self._loss.new_empty(_LOSSES), 0
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        with _leaving_no_trace(opt), packed_as_before(self._batch) as packed:
+            memory.stream.wait_stream(current)
+            with torch.cuda.stream(memory.stream):
+                opt._rehearsing = True
+                self._step_body()  # compiles kernels, makes the rule's state, compares the groups
+                opt._rehearsing = False
+            current.wait_stream(memory.stream)
+            opt._capturing = True
+            packed.repeat()
+            before = torch.cuda.get_sync_debug_mode()
+            try:
+                # other threads, of data loaders, may use the device meanwhile
+                with torch.cuda.graph(
+                    graph, memory.pool, memory.stream, capture_error_mode="thread_local"
+                ):
+                    torch.cuda.set_sync_debug_mode("error")
+                    try:
+                        self._loss.copy_(self._step())
+                    finally:
+                        torch.cuda.set_sync_debug_mode(before)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"capture: expected a step that a CUDA graph can hold, got {_first(error)}; "
+                    "keep the model and the objective from reading values of device tensors "
+                    "(.item(), bool(), nonzero, masks as indices), or take step(batch, objective)"
+                ) from error
+        self.graph = graph
+
+    def _step_body(self) -> tuple[Tensor, Tensor]:
+        opt = self._opt
+        return opt._weight_step(
+            opt._evaluator.bind(self._batch, self._objective, self._positions, self._widths)
+        )
+
+    def _step(self) -> Tensor:
+        loss, finite = self._step_body()
+        self._opt._count(finite)
+        return loss.float()
+
+    def _replay(self) -> Tensor:
+        assert self.graph is not None
+        self.graph.replay()
+        self._opt._weights.stepped(self._opt._decays)
+        if self._given == _LOSSES:
+            self._losses, self._given = torch.empty_like(self._losses), 0
+        loss = self._losses[self._given]
+        self._given += 1
+        return loss.copy_(self._loss)
+
+    # what a LogitsLoss reads
+
+    def _read_widths(self) -> list[int] | None:
+        """How many positions an example has at most, for each micro-batch; None: the loss says."""
+        if not isinstance(self._objective, LogitsLoss):
+            return None
+        if self._objective.width is not None and self._positions is None:
+            return None
+        return [int(mask.sum(1).max()) for mask in self._masks(self._batch, self._positions)]
+
+    def _check_widths(self, batch: Any, positions: Any) -> None:
+        """One error for a batch on the CPU that has more positions than the graph reads."""
+        if self._widths is None or any(
+            t.device.type != "cpu" for t in tensors_of((batch, positions))
+        ):
+            return
+        for mask, width in zip(self._masks(batch, positions), self._widths, strict=True):
+            most = int(mask.sum(1).max())
+            if most > width:
+                raise ValueError(
+                    f"batch: expected at most {width} scored positions in an example, as the "
+                    f"captured batch has, got {most}; capture a batch with as many as there can be"
+                )
+
+    def _masks(self, batch: Any, positions: Any) -> Iterator[Tensor]:
+        batches = batch if isinstance(batch, list) else [batch]
+        for some, mask in zip(batches, micro_masks(positions, len(batches)), strict=True):
+            yield self._objective.scored(self._objective.prepare(self._opt.model, some), mask)
+
+
+@contextmanager
+def _leaving_no_trace(opt: SubZero) -> Iterator[None]:
+    """Around a rehearsal, whose losses are not finite, and a capture, which runs nothing.
+
+    Such steps are skipped, so only what a skipped step changes is put back. With apply="in_place"
+    weights are written even then, and stay as they are if eps is 0.
+    """
+    weights = opt._weights
+    changed, decayed, folds = weights.changed, weights.decayed, weights.fold_rng.clone()
+    if opt.options.apply == "in_place":
+        opt._numbers.store("eps", 0.0)
+    try:
+        yield
+    finally:
+        opt._rehearsing = opt._capturing = False
+        opt._numbers.follow(opt.param_groups[0])
+        weights.changed, weights.decayed = changed, decayed
+        weights.fold_rng.copy_(folds)
+
+
+def _pairs(name: str, held: Any, given: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(buffer, tensor) of two trees of one structure, or one error that names where they differ."""
+    remedy = "capture a batch like this one too: all captured steps share their memory"
+    if isinstance(held, Tensor):
+        wanted, got = _shown(held), _shown(given)
+        if got != wanted:
+            raise ValueError(f"{name}: expected {wanted}, got {got}; {remedy}")
+        yield held, given
+    elif isinstance(held, Mapping):
+        if not isinstance(given, Mapping) or set(given) != set(held):
+            raise ValueError(f"{name}: expected {_shown(held)}, got {_shown(given)}; {remedy}")
+        for key in held:
+            yield from _pairs(f"{name}[{key!r}]", held[key], given[key])
+    elif isinstance(held, (list, tuple)):
+        if not isinstance(given, (list, tuple)) or len(given) != len(held):
+            raise ValueError(f"{name}: expected {_shown(held)}, got {_shown(given)}; {remedy}")
+        for i, (mine, other) in enumerate(zip(held, given, strict=True)):
+            yield from _pairs(f"{name}[{i}]", mine, other)
+    elif isinstance(given, Tensor) or held != given:
+        raise ValueError(f"{name}: expected {_shown(held)}, got {_shown(given)}; {remedy}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {str(value.dtype).partition('.')[2]}"
+    if isinstance(value, Mapping):
+        return f"the keys {sorted(map(str, value))}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)
+
+
+def _first(error: BaseException) -> str:
+    """What went wrong first: an error inside of a capture brings others with it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -15,6 +15,7 @@ from op_cases import assert_close, factors
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from subzero_kernels import backends, known, perturb_many_  # noqa: E402
 from subzero_kernels.backends import reference  # noqa: E402
 from subzero_kernels.backends import triton as backend  # noqa: E402
 from subzero_kernels.backends.triton_kernels import plans, shapes  # noqa: E402
@@ -246,3 +247,39 @@ def test_an_error_of_the_driver_names_the_op_and_the_shapes(op, monkeypatch):
         shapes = r"2 tensors, the first: w \(20, 24\), u \(20, 8\), v \(24, 8\)"
         with pytest.raises(RuntimeError, match=rf"^perturb_many_: .*{shapes}.*no such thing$"):
             backend.perturb_many_([w, w.clone()], [u, u], [v, v], coeff, rng, streams=[1, 2])
+
+
+def listed(ranks: tuple[int, ...]) -> tuple[dict, list[torch.Tensor]]:
+    """Arguments of perturb_many_, and copies of its matrices."""
+    matrices = [case(rank + 8, rank + 16, rank, "bf16") for rank in ranks]
+    ws, us, vs = (list(part) for part in zip(*matrices, strict=True))
+    coeff, rng = arguments(0.5)
+    given = dict(ws=ws, us=us, vs=vs, coeff=coeff, rng=rng, streams=list(range(len(ws))))
+    return given, [w.clone() for w in ws]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_known_list_is_described_once(rounding, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    known.forget()
+    described = []
+    layout = backend._layout
+    monkeypatch.setattr(backend, "_layout", lambda t: (described.append(t), layout(t))[1])
+    given, start = listed((8, 24))
+    results = []
+    for coeff in (given["coeff"], given["coeff"].clone(), 2 * given["coeff"]):
+        for w, before in zip(given["ws"], start, strict=True):
+            w.copy_(before)
+        perturb_many_(**given | dict(coeff=coeff), rounding=rounding)
+        results.append([w.clone() for w in given["ws"]])
+    assert len(described) == 6  # W, U and V of two matrices
+    assert all(map(torch.equal, results[0], results[1]))
+    assert not any(map(torch.equal, results[0], results[2]))  # coeff is read anew
+    assert not any(map(torch.equal, results[0], start))
+
+
+def test_what_a_capture_makes_and_high_ranks_are_not_kept(monkeypatch):
+    assert backend.prepare_perturb_many_(**listed((8,))[0]) is not None
+    assert backend.prepare_perturb_many_(**listed((8, 257))[0]) is None
+    monkeypatch.setattr(backend, "capturing", lambda device: True)
+    assert backend.prepare_perturb_many_(**listed((8,))[0]) is None

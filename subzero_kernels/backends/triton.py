@@ -10,7 +10,7 @@ before, or a plan's, cost it nothing, others the kernels that write the table.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -302,11 +302,39 @@ def perturb_(
     update_one("perturb_", w, u, v, None, coeff, rng, stream=stream, rounding=rounding)
 
 
+_Item = tuple[Tensor, Tensor, Tensor, int]  # w, u, v, stream
 _launches: Recent[Launches] = Recent(32)
 
 
 def _layout(tensor: Tensor) -> Hashable:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _launches_of(items: list[_Item], rounding: str, device: torch.device) -> Launches:
+    layouts = [(_layout(w), _layout(u), _layout(v), stream) for w, u, v, stream in items]
+
+    def make() -> Launches:
+        return Launches(items, "perturb_many_", rounding == "stochastic")
+
+    return _launches.get_or_make((device, rounding, *layouts), make, device)
+
+
+def prepare_perturb_many_(
+    ws: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    coeff: Tensor,
+    rng: Tensor,
+    *,
+    streams: Sequence[int],
+    rounding: str = "nearest",
+) -> Callable[[Tensor, Tensor], None] | None:
+    """None where the launches are not for keeping: a capture's belong to its graph, and high ranks
+    need the tensors themselves."""
+    device = ws[0].device
+    if capturing(device) or any(u.shape[1] > high_rank.NATIVE_RANK for u in us):
+        return None
+    return _launches_of(list(zip(ws, us, vs, streams, strict=True)), rounding, device).perturb_
 
 
 def perturb_many_(
@@ -321,12 +349,7 @@ def perturb_many_(
 ) -> None:
     items, device = list(zip(ws, us, vs, streams, strict=True)), ws[0].device
     native = [item for item in items if item[1].shape[1] <= high_rank.NATIVE_RANK]
-    layouts = [(_layout(w), _layout(u), _layout(v), stream) for w, u, v, stream in native]
-
-    def make() -> Launches:
-        return Launches(native, "perturb_many_", rounding == "stochastic")
-
-    _launches.get_or_make((device, rounding, *layouts), make, device).perturb_(coeff, rng)
+    _launches_of(native, rounding, device).perturb_(coeff, rng)
     if len(native) < len(items):
         for w, u, v, stream in items:
             if u.shape[1] > high_rank.NATIVE_RANK:

@@ -44,6 +44,27 @@ class GraphMemory:
 class CapturedStep:
     """``loss = run(batch)``: a training step on batches of one shape. Made by ``SubZero.capture``.
 
+    The graph holds noise, all forwards, losses, the rule, the update and the counters; a call
+    copies a batch into its buffers and replays it, bit for bit what ``step(batch, objective)``
+    does, without waiting for the device and without allocating. lr, eps, momentum and the like
+    may change between calls, windows open and fold as they do in ``step``, both ways of making
+    a step may alternate, and ``state_dict`` and ``load_state_dict`` go on working. Capturing
+    makes no step.
+
+    A graph is of one shape: capture one for each bucket of lengths. All share one pool of
+    memory, that of the largest. On a CPU, which has no graphs, ``run(batch)`` is the step.
+
+    Args:
+        batch, objective, positions: as in ``step``. The batch gives shapes, dtypes and whatever
+            is no tensor; its values do not matter, but for the number of positions that a
+            LogitsLoss reads: a later batch may have fewer. If one has more, a batch from the
+            CPU is an error, and one from the device a step that is skipped.
+
+    Raises:
+        RuntimeError: the model or the objective reads a value from the device, or does
+            something else that a CUDA graph cannot hold.
+        ValueError, TypeError: as in ``step``.
+
     Attributes:
         graph: the CUDA graph, or None on a device that has none.
     """
@@ -159,7 +180,7 @@ class CapturedStep:
     def _replay(self) -> Tensor:
         assert self.graph is not None
         self.graph.replay()
-        self._opt._weights.stepped(self._opt._decays)
+        self._opt._weights.stepped(self._opt._numbers.decays)
         if self._given == _LOSSES:
             self._losses, self._given = torch.empty_like(self._losses), 0
         loss = self._losses[self._given]

@@ -1,8 +1,9 @@
-"""Hooks that leave with the optimizer: removable together, and inert in a copy of the model."""
+"""What a step changes about the model and puts back: hooks, inert in a copy, and its modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -72,3 +73,16 @@ def attached(model: nn.Module) -> bool:
         for module in model.modules()
         for hook in module._state_dict_pre_hooks.values()
     )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode, as no hook nor override of ``train`` sees; modes are put back."""
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

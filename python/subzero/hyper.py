@@ -57,6 +57,11 @@ class Numbers:
             self._held[name].fill_(value)
             self._stored[name] = value
 
+    @property
+    def decays(self) -> bool:
+        """Whether there may be weight decay: a number on the device is not read to find out."""
+        return self._stored.get("weight_decay") != 0.0
+
 
 def on_device(value: Any) -> bool:
     """Whether a number is a tensor that cannot be read without waiting for a device."""

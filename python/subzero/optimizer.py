@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from .activation_weights import ActivationWeights
 from .adapter import export_lora
 from .capture import CapturedStep, GraphMemory
 from .credit import CreditPlan, make_credit_plan
-from .hooks import attached
-from .hyper import Numbers, on_device
+from .hooks import attached, eval_mode
+from .hyper import Numbers
 from .losses import Evaluator, Signs
 from .objectives import LogitsLoss
 from .plan import Plan, make_plan, one_device
@@ -247,26 +246,8 @@ class SubZero(torch.optim.Optimizer):
     ) -> CapturedStep:
         """A step as one CUDA graph: ``run = opt.capture(batch, objective)``, ``loss = run(batch)``.
 
-        The graph holds noise, all forwards, losses, the rule, the update and the counters; a call
-        copies a batch into its buffers and replays it, bit for bit what ``step(batch, objective)``
-        does, without waiting for the device and without allocating. lr, eps, momentum and the like
-        may change between calls, windows open and fold as they do in ``step``, both ways of making
-        a step may alternate, and ``state_dict`` and ``load_state_dict`` go on working. Capturing
-        makes no step.
-
-        A graph is of one shape: capture one for each bucket of lengths. All share one pool of
-        memory, that of the largest. On a CPU, which has no graphs, ``run(batch)`` is the step.
-
-        Args:
-            batch, objective, positions: as in ``step``. The batch gives shapes, dtypes and whatever
-                is no tensor; its values do not matter, but for the number of positions that a
-                LogitsLoss reads: a later batch may have fewer. If one has more, a batch from the
-                CPU is an error, and one from the device a step that is skipped.
-
-        Raises:
-            RuntimeError: the model or the objective reads a value from the device, or does
-                something else that a CUDA graph cannot hold.
-            ValueError, TypeError: as in ``step``.
+        Bit for bit what ``step(batch, objective)`` does, without waiting for the device. Capturing
+        makes no step. Arguments, errors, what may change: ``subzero.capture.CapturedStep``.
         """
         return CapturedStep(self, batch, objective, positions)
 
@@ -293,7 +274,7 @@ class SubZero(torch.optim.Optimizer):
             )
         assert isinstance(self._weights, ActivationWeights)
         micros = self._queries.bind(batches, objective, positions)
-        with self._eval_mode(), self._weights.forgetting():
+        with eval_mode(self.model), self._weights.forgetting():
             self._weights.begin_step()
             for micro in micros:
                 self._queries.clean_rows(micro, objective, self._rng)
@@ -371,7 +352,7 @@ class SubZero(torch.optim.Optimizer):
     def _weight_step(self, evaluate: Callable[[Signs], Tensor]) -> tuple[Tensor, Tensor]:
         assert isinstance(self._weights, Weights)
         opts, eps = self.options, self._numbers.hyper.eps
-        with self._eval_mode(), self._weights.perturbed(eps, self._rng) as signs:
+        with eval_mode(self.model), self._weights.perturbed(eps, self._rng) as signs:
             losses = evaluate(signs)
             if self._rehearsing:
                 losses = losses * math.nan
@@ -384,7 +365,7 @@ class SubZero(torch.optim.Optimizer):
         assert isinstance(weights, ActivationWeights)
         micros = self._queries.bind(batch, objective, positions)
         self._open_window()
-        with self._eval_mode(), weights.forgetting():
+        with eval_mode(self.model), weights.forgetting():
             weights.begin_step()
             outcome = self._queries.evaluate(micros, objective, self._numbers.hyper.eps, self._rng)
             weights.end_evaluation(outcome.finite, self.window)
@@ -403,29 +384,13 @@ class SubZero(torch.optim.Optimizer):
         self._weights.open_window(window, self._rule_state)
         self.window = window
 
-    @property
-    def _decays(self) -> bool:
-        decay = self.param_groups[0]["weight_decay"]
-        return on_device(decay) or bool(decay)
-
     def _update(self, weight: Tensor, finite: Tensor) -> None:
         hyper, rule = self._numbers.hyper, RULES[self.options.rule]
-        if self._decays or self._capturing:
+        if self._numbers.decays or self._capturing:
             factor = 1 - hyper.lr * hyper.weight_decay
             self._weights.decay_(where(finite, factor, 1.0, torch.float64))
         for name, space in self._weights.spaces():
             rule(space, self._rule_state[name], weight, finite, self._rng, hyper)
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        training = [m for m in self.model.modules() if m.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
     def _fold_first(self, *_: Any) -> None:
         self.fold()

@@ -17,14 +17,14 @@ struct Choice {
   // Words of V in a thread, for each 64 bytes of a row.
   static constexpr int kWords = (sizeof(W) == sizeof(B) ? 1 : 2) * 4 * (kRank / 16) * 2;
   static constexpr int kSpans = kWords <= 32 ? 2 : 1;
-  static constexpr int kWarps = kWords <= 128 ? 8 : 2;  // two where shared memory has to hold V
+  static constexpr int kWarps = kWords <= 128 ? 8 : 1;  // one where shared memory has to hold V
   using Type = Shape<kWarps, kSpans, (kWords * kSpans <= 64 ? 2 : 1), 3>;
 };
 template <class B, int kRank>
 struct Choice<float, B, kRank> {
   // Two parts of V, three at rank 16, for 128 bytes.
   static constexpr int kWords = (kRank == 16 ? 3 : 2) * 4 * (kRank / 16) * 2;
-  static constexpr int kWarps = kWords <= 128 ? 4 : 2;
+  static constexpr int kWarps = kWords <= 128 ? 4 : 1;
   using Type = Shape<kWarps, 2, (kWords <= 64 ? 4 : kWords <= 128 ? 2 : 1), 3>;
 };
 template <class W, class B, int kRank>

@@ -266,6 +266,7 @@ Status next_launch(const Kind& kind, std::vector<UpdateItem>& all, size_t& at, c
   out.blocks = static_cast<uint32_t>(blocks);
   out.count = static_cast<int64_t>(items.size());
   out.shared_bytes = static_cast<int>(kernel.fixed_bytes + bytes);
+  if (out.shared_bytes > room.block_bytes) return failure("too little shared memory for this rank");
   if (kernel.few != nullptr && items.size() <= kFewItems)
     out.few = batch_of<FewItems>(items, first_unit, first_block, turns);
   else

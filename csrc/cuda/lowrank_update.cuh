@@ -113,8 +113,8 @@ enum class Access { nearest, stochastic, elements };
 template <class W, int kRank>
 UpdateKernel update_kernel(bool wide, Access access);
 
-// Where to launch. `overlap`: kernels wait for the one before them themselves (mma.cuh), so that
-// starting one hides behind the end of the other.
+// Where to launch. `overlap`: kernels wait for the one before them themselves (instructions.cuh),
+// so that starting one hides behind the end of the other.
 struct Place {
   cudaStream_t stream;
   bool overlap;

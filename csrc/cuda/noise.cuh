@@ -8,9 +8,14 @@ namespace subzero::cuda {
 
 // A 64-bit product. Written in C++ it costs an addition more: the high half of the constant's zero.
 __device__ __forceinline__ void multiply(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
+#if defined(__CUDA_ARCH__)
   asm("{.reg .u64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p;}"
       : "=r"(low), "=r"(high)
       : "r"(a), "r"(b));
+#else
+  const uint64_t product = uint64_t{a} * b;
+  low = static_cast<uint32_t>(product), high = static_cast<uint32_t>(product >> 32);
+#endif
 }
 
 // The round keys of a seed.

@@ -1,53 +1,10 @@
-// Weights in memory: 16 bytes at a time, and pairs of 16-bit numbers to and from fp32.
+// Weights in memory (16 bytes at a time: instructions.cuh): pairs of 16-bit numbers to and from
+// fp32.
 #pragma once
 
 #include "mma.cuh"
 
 namespace subzero::cuda {
-
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
-
-// How W, which is read and written once, passes the caches.
-enum class LoadHint { none, streaming, fetch256, fetch256_not_l1 };
-enum class StoreHint { none, streaming };
-
-template <LoadHint kHint>
-__device__ __forceinline__ Bytes16 load16(const void* from) {
-  Bytes16 x;
-  if constexpr (kHint == LoadHint::none)
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
-  else if constexpr (kHint == LoadHint::streaming)
-    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
-  else if constexpr (kHint == LoadHint::fetch256)
-    asm volatile("ld.global.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
-  else
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
-  return x;
-}
-
-template <StoreHint kHint>
-__device__ __forceinline__ void store16(void* to, const Bytes16& x) {
-  if constexpr (kHint == StoreHint::none)
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.word[0]),
-                 "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
-                 : "memory");
-  else
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.word[0]),
-                 "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
-                 : "memory");
-}
-
-// ---- pairs
 
 // Two fp32 numbers in 16 bits each, to nearest.
 __device__ __forceinline__ uint32_t round_pair(bf16, float low, float high) {

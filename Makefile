@@ -8,6 +8,7 @@ export SUBZERO_BUILD_CUDA ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
+CXX_FILES := $(foreach suffix,h cpp cu cuh inl,'csrc/*.$(suffix)' 'tests/emulator/*.$(suffix)')
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
@@ -43,12 +44,12 @@ lint: $(VENV)/.dev  ## ruff, mypy and clang-format, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CXX_FILES))
 
 format: $(VENV)/.dev  ## rewrite all sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
+	$(BIN)/clang-format -i $$(git ls-files $(CXX_FILES))
 
 bench: $(VENV)/.train  ## perturb_many_ over SmolLM2-135M against addmm_ and the eager line
 	$(BIN)/python benchmarks/bench_perturb_cpu.py

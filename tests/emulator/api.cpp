@@ -1,24 +1,60 @@
+// perturb_many_ and fold_ for tests/emulated_cuda.py: as csrc/bindings.cpp, without Python.
+#include <cstdint>
+#include <vector>
+
 #include "csrc/cuda/lowrank_update.cuh"
+
 using namespace subzero;
-struct Flat { int64_t w, wr, wc, ws, wd, u, ur, uc, us, ud, v, vr, vc, vs, vd, stream; };
-static LowRank item(const Flat& f) {
-  return {{(void*)f.w, f.wr, f.wc, f.ws, (Dtype)f.wd}, {(void*)f.u, f.ur, f.uc, f.us, (Dtype)f.ud}, {(void*)f.v, f.vr, f.vc, f.vs, (Dtype)f.vd}, (uint32_t)f.stream};
+
+namespace {
+
+// An error's text; Python reads it before the next call.
+Status status;
+
+const char* text_of(const Status& given) {
+  status = given;
+  return status.ok ? nullptr : status.message;
 }
-extern "C" int perturb(const Flat* flat, int64_t n, const float* coeff, int64_t k, const int64_t* rng, int stochastic, int processors) {
-  emu_processors = processors;
-  std::vector<LowRank> items; for (int i = 0; i < n; ++i) items.push_back(item(flat[i]));
-  cuda::LowRankPlan plan; Status s = plan.prepare(items.data(), n, 0);
-  if (!s.ok) { puts(s.message); return 1; }
-  std::vector<char> scratch(plan.scratch_bytes(k) + 16);
-  s = plan.perturb_({coeff, k, rng}, (Rounding)stochastic, (void*)(((uintptr_t)scratch.data() + 15) / 16 * 16), {});
-  return !s.ok;
+
+// Scratch at 16 bytes, of which nothing is known before kernels write it.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : words_(static_cast<size_t>(bytes / 16 + 1), Words16{-1, -1}) {}
+  void* data() { return words_.data(); }
+
+ private:
+  struct alignas(16) Words16 {
+    int64_t low, high;
+  };
+  std::vector<Words16> words_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void set_device(int processors, int block_bytes) {
+  emulator::device = {processors, block_bytes};
 }
-extern "C" int fold(const Flat* flat, const float* core, double decay, const int64_t* rng, int stochastic, int processors) {
-  emu_processors = processors;
-  LowRank one = item(*flat);
-  cuda::LowRankPlan plan; Status s = plan.prepare(&one, 1, 0);
-  if (!s.ok) { puts(s.message); return 1; }
-  std::vector<char> scratch(plan.scratch_bytes(0) + 16);
-  s = plan.fold_({one, core, decay, (Rounding)stochastic, rng}, (void*)(((uintptr_t)scratch.data() + 15) / 16 * 16), {});
-  return !s.ok;
+
+const char* perturb_many(const LowRank* items, int64_t count, const float* coeff, int64_t queries,
+                         const int64_t* rng, int stochastic) {
+  cuda::LowRankPlan plan;
+  const Status prepared = plan.prepare(items, count, 0);
+  if (!prepared.ok) return text_of(prepared);
+  Scratch scratch(plan.scratch_bytes(queries));
+  const auto rounding = stochastic ? Rounding::stochastic : Rounding::nearest;
+  return text_of(plan.perturb_({coeff, queries, rng}, rounding, scratch.data(), {}));
 }
+
+const char* fold(const LowRank* item, const float* core, double decay, const int64_t* rng,
+                 int stochastic) {
+  cuda::LowRankPlan plan;
+  const Status prepared = plan.prepare(item, 1, 0);
+  if (!prepared.ok) return text_of(prepared);
+  Scratch scratch(plan.scratch_bytes(0));
+  const auto rounding = stochastic ? Rounding::stochastic : Rounding::nearest;
+  return text_of(plan.fold_({*item, core, decay, rounding, rng}, scratch.data(), {}));
+}
+
+}  // extern "C"

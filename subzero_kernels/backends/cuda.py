@@ -182,12 +182,13 @@ def fold_(
     plan = args.require().cuda.LowRankPlan(
         op="fold_", items=[args.low_rank(w, u, v, stream)], device=w.device.index
     )
+    scratch = _scratch(plan.scratch_bytes(0), w.device)  # has to outlive the launch
     plan.fold_(
         core=core.data_ptr(),
         decay=decay,
         rounding=args.rounding(rounding),
         rng=0 if rng is None else rng.data_ptr(),
-        scratch=_scratch(plan.scratch_bytes(0), w.device).data_ptr(),
+        scratch=scratch.data_ptr(),
         stream=torch.cuda.current_stream(w.device).cuda_stream,
     )
 
@@ -305,9 +306,10 @@ def _wide_noise_outer_(
     if not count:
         out.mul_(beta) if beta else out.zero_()
     step = max(1, min(_NOISE_ELEMENTS, out.numel()) // columns)
+    buffer = out.new_empty(min(step, count), columns)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        noise = out.new_empty(len(rows[part]), columns)
+        noise = buffer[: len(rows[part])]
         native.cuda.noise_outer_sum(
             sum=noise.data_ptr(),
             queries=native.Queries(

@@ -56,17 +56,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // 16 bytes from global to shared memory, or zeros, past the registers: nothing waits for them but
-// wait_for_copies. kWide asks L2 for 256 bytes at once.
-template <bool kWide = false>
+// wait_for_copies.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool real) {
-  const int bytes = real ? 16 : 0;
-  if constexpr (kWide)
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-                 "r"(bytes)
-                 : "memory");
-  else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
+               "r"(real ? 16 : 0)
+               : "memory");
 }
 
 // Ends a group of a thread's copies.
@@ -78,16 +72,6 @@ __device__ __forceinline__ void end_copies() {
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-// Asks for memory to lie in L2; address and size are multiples of 16 bytes.
-__device__ __forceinline__ void fetch_to_l2(const void* from, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#else
-  for (int at = 0; at < bytes; at += 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
-#endif
 }
 
 // ---- launches that overlap: the next kernel of a stream may start before this one ends
@@ -112,8 +96,8 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-// How W, which is read and written once, passes the caches.
-enum class LoadHint { none, streaming, fetch256, fetch256_not_l1 };
+// How memory that is read and written once passes the caches.
+enum class LoadHint { none, streaming };
 enum class StoreHint { none, streaming };
 
 template <LoadHint kHint>
@@ -123,16 +107,8 @@ __device__ __forceinline__ Bytes16 load16(const void* from) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
                  : "l"(from));
-  else if constexpr (kHint == LoadHint::streaming)
-    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
-  else if constexpr (kHint == LoadHint::fetch256)
-    asm volatile("ld.global.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
   else
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
                  : "l"(from));
   return x;

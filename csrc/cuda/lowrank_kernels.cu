@@ -9,9 +9,8 @@
 namespace subzero::cuda {
 namespace {
 
-// Chosen by measurement on an H100 (benchmarks/tune_perturb.py): a warp keeps V for 128 bytes of a
-// row, for less where that takes too many registers, and blocks share a multiprocessor as long as
-// registers allow.
+// A warp keeps V for 128 bytes of a row, for less where that takes too many registers, and blocks
+// share a multiprocessor as long as registers allow. benchmarks/tune_perturb.py compares others.
 template <class W, class B, int kRank>
 struct Choice {
   // Words of V in a thread, for each 64 bytes of a row.

@@ -26,14 +26,13 @@ namespace subzero::cuda {
 
 // The shape of a thread block, to be chosen by measurement.
 template <int kWarps_, int kSpans_, int kResident_, int kStages_,
-          StoreHint kStore_ = StoreHint::none, LoadHint kLoad_ = LoadHint::none>
+          StoreHint kStore_ = StoreHint::none>
 struct Shape {
   static constexpr int kWarps = kWarps_;
   static constexpr int kSpans = kSpans_;        // of 64 bytes of a row of W, to a warp
   static constexpr int kResident = kResident_;  // blocks on a multiprocessor
   static constexpr int kStages = kStages_;      // tiles of W in shared memory
   static constexpr StoreHint kStore = kStore_;
-  static constexpr LoadHint kLoad = kLoad_;
 };
 
 template <class W_, class B_, int kRank_, class Shape_>

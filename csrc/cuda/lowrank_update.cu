@@ -157,7 +157,7 @@ int64_t units_of(const UpdateItem& item, const UpdateKernel& kernel, int64_t til
 
 // How many tiles a thread block takes one after another. Many, because each block reads V first;
 // but so few that blocks follow each other through memory closely, and that all multiprocessors end
-// together. The numbers are from an H100.
+// together.
 int64_t best_tiles(const std::vector<UpdateItem>& items, const UpdateKernel& kernel,
                    const Kind& kind, const Room& room) {
   const bool quick = kind.rank <= 64;      // to read V

@@ -86,9 +86,8 @@ class WeightTiles {
     for (int i = 0; i < kPieces; ++i) {
       const bool real = inside_ && my_row_ + i * apart_ < rows;
       const W* const from = ahead_ + i * apart_ * item_.w_stride;
-      copy_async<Traits::kLoad == LoadHint::fetch256>(
-          shared_address(room_ + stage * Traits::kTileBytes + mine(i)), real ? from : item_.w,
-          real);
+      copy_async(shared_address(room_ + stage * Traits::kTileBytes + mine(i)),
+                 real ? from : item_.w, real);
     }
     ahead_ += stride_;
     --ahead_tiles_;

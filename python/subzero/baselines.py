@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from subzero_kernels import PURPOSE_DENSE, make_rng, perturb_dense_, stream_id
 
+from .hooks import eval_mode
 from .losses import scalar_loss
 from .objectives import LogitsLoss
 from .plan import one_device
@@ -126,16 +126,3 @@ def mean_loss(model: nn.Module, batch: Any, objective: Any) -> Tensor:
     batch = objective.prepare(model, batch)
     losses = objective(model, batch)
     return losses.mean() if losses.dim() == 1 else losses.sum() / objective.scored(batch).sum()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout, as the papers do; the modes are put back."""
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

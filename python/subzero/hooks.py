@@ -77,7 +77,7 @@ def attached(model: nn.Module) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode, as no hook nor override of ``train`` sees; modes are put back."""
+    """No dropout, as in the papers: eval mode, unseen by hooks; the modes are put back."""
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False

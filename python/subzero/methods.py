@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .baselines import MeZO, eval_mode, mean_loss
+from .baselines import MeZO, mean_loss
 from .batches import Batch
 from .credit import CreditPlan, blocks_in_order, first_noisy_block
 from .errors import CommandError
+from .hooks import eval_mode
 from .models import choose_trained
 from .objectives import LogitsLoss
 from .optimizer import SubZero

@@ -92,8 +92,7 @@ inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t address) {
 
 // ---- memory
 
-template <bool kWide = false>
-void copy_async(uint32_t to, const void* from, bool real) {
+inline void copy_async(uint32_t to, const void* from, bool real) {
   emulator::copy_later(to, real ? from : nullptr);
 }
 inline void end_copies() {
@@ -108,7 +107,6 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-enum class LoadHint { none, streaming, fetch256, fetch256_not_l1 };
 enum class StoreHint { none, streaming };
 
 template <StoreHint kHint>

@@ -296,12 +296,12 @@ def check_cores(core: Tensor, w: Tensor, rank: int) -> None:
     check_contiguous("core", core)
 
 
-def check_groups(name: str, tensor: Tensor, groups: int) -> None:
+def check_groups(name: str, tensor: Tensor, groups: int, of: str = "core") -> None:
     """The leading axis is G equal groups."""
     if groups > 1 and (tensor.dim() < 1 or tensor.shape[0] % groups):
         raise fail(
             name,
-            f"a leading axis of {groups} equal groups (core has {groups})",
+            f"a leading axis of {groups} equal groups ({of} has {groups})",
             tuple(tensor.shape),
             "stack the groups with torch.cat, group by group",
         )

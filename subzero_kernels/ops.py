@@ -180,6 +180,11 @@ _lowrank_embedding = _define(
     validate.check_lowrank_embedding,
     lambda ids, w, u, v, core: w.new_empty((*ids.shape, w.shape[1])),
 )
+_grouped_norm = _define(
+    "grouped_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centred) -> Tensor",
+    validate.check_grouped_norm,
+    lambda x, weight, bias, eps, centred: x.new_empty(x.shape),
+)
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -415,3 +420,22 @@ def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor
         (*ids.shape, n) of w's dtype, contiguous.
     """
     return _lowrank_embedding(ids, w, u, v, core)
+
+
+def grouped_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool
+) -> Tensor:
+    """y = n(x) * weight_g + bias_g, a norm over the last axis whose weights are a group's own.
+
+    n(x) is (x - mean) / sqrt(var + eps) if centred (layer norm), else x / sqrt(mean(x^2) + eps)
+    (RMS norm, arXiv 1910.07467). All in fp32 with one rounding at the store.
+
+    Args:
+        x: (G rows, ..., n), any strides; its leading axis is G equal groups, group by group.
+        weight, bias: None, (n,) for all groups, or (G, n), in x's dtype or fp32, contiguous.
+        eps: finite number of at least 0.
+
+    Returns:
+        x's shape and dtype, contiguous.
+    """
+    return _grouped_norm(x, weight, bias, eps, centred)

@@ -373,3 +373,29 @@ def check_lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: 
     check_device(tensors)
     check_no_grad(tensors)
     return w
+
+
+def check_grouped_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
+    check_dtype("x", x, WEIGHT_DTYPES)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise fail("x", "(rows, ..., n) with n >= 1", tuple(x.shape), "check the norm's input")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise fail("eps", "a finite number of at least 0", eps, "pass the norm's own")
+    values = [(name, t) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
+    n, groups = x.shape[-1], max([len(t) for _, t in values if t.dim() == 2], default=1)
+    for name, value in values:
+        check_companion(name, value, x)
+        if tuple(value.shape) not in ((n,), (groups, n)):
+            raise fail(
+                name,
+                f"({n},) or (G, {n}) for x {tuple(x.shape)}",
+                tuple(value.shape),
+                "pass one value per column, for all or for each group",
+            )
+        check_contiguous(name, value)
+    check_groups("x", x, groups, of="weight or bias")
+    check_device([("x", x), *values])
+    check_no_grad([("x", x), *values])
+    return x

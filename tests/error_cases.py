@@ -54,6 +54,13 @@ def good(op: str) -> dict:
             x=torch.randn(2 * G, 3, N), w=w, bias=torch.randn(M), u=u, v=v, core=cores
         ),
         "lowrank_embedding": dict(ids=torch.randint(0, M, (2 * G,)), w=w, u=u, v=v, core=cores),
+        "grouped_norm": dict(
+            x=torch.randn(2 * G, 3, N),
+            weight=torch.randn(G, N),
+            bias=torch.randn(N),
+            eps=1e-5,
+            centred=True,
+        ),
     }[op]
 
 
@@ -247,4 +254,22 @@ CASES = [
     ("lowrank_embedding", dict(ids=torch.zeros(3, dtype=torch.int64)), ValueError,
      "ids: expected a leading axis of 2 equal groups (core has 2), got (3,); "),
     ("lowrank_embedding", dict(w=matrix(N, M).T), ValueError, "w: expected a contiguous tensor "),
+    ("grouped_norm", dict(x=torch.tensor(1.0)), ValueError,
+     "x: expected (rows, ..., n) with n >= 1, got (); "),
+    ("grouped_norm", dict(x=torch.zeros(2 * G, N, dtype=torch.int32)), TypeError,
+     "x: expected float32 or bfloat16 or float16 or float64, got int32; "),
+    ("grouped_norm", dict(x=torch.randn(3, N)), ValueError,
+     "x: expected a leading axis of 2 equal groups (weight or bias has 2), got (3, 20); "),
+    ("grouped_norm", dict(eps=float("nan")), ValueError,
+     "eps: expected a finite number of at least 0, got nan; "),
+    ("grouped_norm", dict(weight=torch.randn(G, M)), ValueError,
+     "weight: expected (20,) or (G, 20) for x (4, 3, 20), got (2, 12); "),
+    ("grouped_norm", dict(bias=torch.randn(3, N)), ValueError,
+     "weight: expected (20,) or (G, 20) for x (4, 3, 20), got (2, 20); "),
+    ("grouped_norm", dict(bias=torch.randn(N, dtype=F64)), TypeError,
+     "bias: expected float32, got float64; "),
+    ("grouped_norm", dict(weight=torch.randn(N, G).T), ValueError,
+     "weight: expected a contiguous tensor, got strides (1, 2); "),
+    ("grouped_norm", dict(bias=torch.zeros(N, device="meta")), ValueError,
+     "bias: expected device cpu as x, got meta; "),
 ]  # fmt: skip

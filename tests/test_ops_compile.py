@@ -51,6 +51,10 @@ def case(op: str, device: str) -> tuple[tuple, dict]:
             {},
         ),
         "lowrank_embedding": ((torch.zeros(G, 3, dtype=torch.int64).to(device), w, u, v, core), {}),
+        "grouped_norm": (
+            (half[:4].view(4, 2, 10), torch.ones(G, 10, device=device), None, 1e-5, True),
+            {},
+        ),
     }[op]
 
 

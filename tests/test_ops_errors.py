@@ -164,6 +164,7 @@ GRAD_CASES = [
     ("lowrank_linear", "x"),
     ("lowrank_linear", "bias"),
     ("lowrank_embedding", "w"),
+    ("grouped_norm", "weight"),
 ]
 
 

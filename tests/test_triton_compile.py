@@ -23,6 +23,7 @@ from subzero_kernels.backends.triton_kernels import (  # noqa: E402
     lowrank_update,
     noise,
     noise_outer,
+    norm,
     plans,
     shapes,
     side_path,
@@ -127,6 +128,14 @@ def embedding(dtype, rank) -> Case:
     return Case(side_path.embedding_kernel, pointers, kept)
 
 
+def grouped_norm(dtype, n, *, rows=8192, centred=True, weight=True, bias=True) -> Case:
+    shape = shapes.norm(n, rows)
+    constants = dict(CENTRED=centred, WEIGHT=weight, BIAS=bias, RUN=shape.rows)
+    constants |= dict(BLOCK=shape.columns) | warps(shape)
+    pointers = dict(x=POINTER[dtype], out=POINTER[dtype], weight="*fp32", bias="*fp32", eps="fp32")
+    return Case(norm.norm_kernel, pointers, constants)
+
+
 def warps(shape: Any) -> dict[str, int]:
     return dict(num_warps=shape.warps)
 
@@ -171,6 +180,9 @@ CASES = {
     ),
     "noise sum": noise_sum(),
     "embedding bf16 r64": embedding(BF16, 64),
+    "layer norm bf16": grouped_norm(BF16, 5120),
+    "layer norm fp32 few rows": grouped_norm(FP32, 16384, rows=512),
+    "rms norm fp16": grouped_norm(FP16, 128, centred=False, bias=False),
 }
 
 
@@ -222,6 +234,6 @@ def test_w_goes_through_registers_only(name):
 
 
 def test_every_kernel_is_compiled():
-    modules = (lowrank_update, noise, noise_outer, side_path, tables)
+    modules = (lowrank_update, noise, noise_outer, norm, side_path, tables)
     kernels = {n for m in modules for n in vars(m) if n.endswith("_kernel")}
     assert kernels == {case.kernel.fn.__name__ for case in CASES.values()}

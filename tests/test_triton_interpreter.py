@@ -30,6 +30,7 @@ RUNS = {  # a file, and what is left of it
         " and not (view and dtype0)",
     ),
     "side path": ("test_ops_side_path.py", "triton and embedding"),
+    "norm": ("test_ops_norm.py", "triton and not 1151"),
     "opcheck": ("test_ops_compile.py", "test_opcheck"),
     "updates": (
         "test_triton_updates.py",

@@ -1,7 +1,8 @@
 """The native CPU backend: tensors to the launch API of csrc/lowrank.h.
 
-Noise, perturbations and folds run in ``_native`` on torch's number of threads. The two forwards
-compose torch's GEMMs: one with W as it lies there, one skinny one and the rank-r tail.
+Noise, perturbations and folds run in ``_native`` on torch's number of threads. The two low-rank
+forwards compose torch's GEMMs: one with W as it lies there, one skinny one and the rank-r tail;
+grouped_norm is the reference's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn.functional import embedding, linear
 
 from . import _native_args as args
 from .reference import _exact_products
+from .reference import grouped_norm as grouped_norm
 
 OPS = frozenset(
     {
@@ -29,6 +31,7 @@ OPS = frozenset(
         "noise_outer_",
         "lowrank_linear",
         "lowrank_embedding",
+        "grouped_norm",
     }
 )
 

@@ -31,6 +31,7 @@ OPS = frozenset(
         "noise_outer_",
         "lowrank_linear",
         "lowrank_embedding",
+        "grouped_norm",
     }
 )
 
@@ -335,3 +336,13 @@ def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor
             args=args.lowrank_embedding(ids.contiguous(), w, u, v, core, out), launch=_launch(w)
         )
     return out
+
+
+def grouped_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
+    """Triton's kernel where Triton is installed, else torch's norm with what follows it."""
+    from . import load
+
+    module: Any = load("triton")[0] or reference
+    return module.grouped_norm(x, weight, bias, eps, centred)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, layer_norm, rms_norm
 
 from ..rng import normals, philox, round_stochastic, rounding_stream, row_normals, words
 
@@ -32,6 +32,7 @@ OPS = frozenset(
         "noise_outer_",
         "lowrank_linear",
         "lowrank_embedding",
+        "grouped_norm",
     }
 )
 
@@ -257,3 +258,19 @@ def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor
     rows = embedding(flat, w).to(dtype)
     rows = rows + embedding(flat, u).to(dtype) @ core.to(dtype) @ v.to(dtype).T
     return rows.to(w.dtype).reshape(*ids.shape, w.shape[1])
+
+
+def grouped_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
+    wide = x.to(_wide(x))
+    y = (
+        layer_norm(wide, x.shape[-1:], eps=eps)
+        if centred
+        else rms_norm(wide, x.shape[-1:], eps=eps)
+    )
+    for value, apply in ((weight, torch.mul), (bias, torch.add)):
+        if value is not None:
+            own = value.reshape(-1, 1, x.shape[-1])  # one row a group, or one for all
+            y = apply(y.reshape(len(own), -1, x.shape[-1]), own.to(y.dtype))
+    return y.reshape(x.shape).to(x.dtype)

@@ -28,6 +28,7 @@ from .triton_kernels.noise import (
     philox4x32_kernel,
 )
 from .triton_kernels.noise_outer import add_parts_kernel, noise_outer_kernel, noise_sum_kernel
+from .triton_kernels.norm import norm_kernel
 from .triton_kernels.plans import (
     Launches,
     bits_of,
@@ -52,6 +53,7 @@ OPS = frozenset(
         "noise_outer_",
         "lowrank_linear",
         "lowrank_embedding",
+        "grouped_norm",
     }
 )
 
@@ -398,3 +400,37 @@ def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor
         row_stride(v), rank, ALIGNED=kind.w_aligned, **constants,
     )  # fmt: skip
     return out
+
+
+# ---- norms
+
+_WIDEST_NORM = 1 << 15
+
+
+def grouped_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
+    n = x.shape[-1]
+    if n > _WIDEST_NORM:
+        from . import reference
+
+        return reference.grouped_norm(x, weight, bias, eps, centred)
+    lines = x.reshape(-1, n)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    values = [value for value in (weight, bias) if value is not None and value.dim() == 2]
+    groups = len(values[0]) if values else 1
+    rows, shape = len(lines) // groups, shapes.norm(n, len(lines))
+    runs = _ceil(rows, shape.rows)
+    launch(
+        "grouped_norm", norm_kernel, (groups * runs,), x.device,
+        out, lines, x if weight is None else weight, x if bias is None else bias, rows, n,
+        lines.stride(0), _group_stride(weight), _group_stride(bias), eps, runs,
+        CENTRED=centred, WEIGHT=weight is not None, BIAS=bias is not None,
+        RUN=shape.rows, BLOCK=shape.columns, num_warps=shape.warps,
+    )  # fmt: skip
+    return out
+
+
+def _group_stride(value: Tensor | None) -> int:
+    """From a group's values to the next one's; 0 where all share them."""
+    return value.stride(0) if value is not None and value.dim() == 2 else 0

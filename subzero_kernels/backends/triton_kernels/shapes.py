@@ -70,3 +70,17 @@ def outer(width: int) -> Outer:
 
 
 SUM = Outer(32, 64, 4)
+
+
+class Norm(NamedTuple):
+    """grouped_norm: a program does ``rows`` rows of one group, a row in registers at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def norm(n: int, rows: int) -> Norm:
+    """For rows of ``n``, ``rows`` of all groups: many take turns with the same weights."""
+    columns = max(32, 1 << (n - 1).bit_length())
+    return Norm(4 if rows >= 4096 else 1, columns, min(16, max(1, columns // 512)))

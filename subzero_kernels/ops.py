@@ -432,7 +432,7 @@ def grouped_norm(
 
     Args:
         x: (G rows, ..., n), any strides; its leading axis is G equal groups, group by group.
-        weight, bias: None, (n,) for all groups, or (G, n), in x's dtype or fp32, contiguous.
+        weight, bias: None, (n,) for all groups, or (G, n), in x's dtype or fp32, rows contiguous.
         eps: finite number of at least 0.
 
     Returns:

@@ -394,7 +394,7 @@ def check_grouped_norm(
                 tuple(value.shape),
                 "pass one value per column, for all or for each group",
             )
-        check_contiguous(name, value)
+        check_layout(name, value)
     check_groups("x", x, groups, of="weight or bias")
     check_device([("x", x), *values])
     check_no_grad([("x", x), *values])

@@ -83,6 +83,14 @@ def test_values_near_one_are_not_rounded_to_16_bits(target):
     torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=0)
 
 
+def test_values_that_are_slices_of_all_parameters(target):
+    flat = torch.randn(2, 100).to(target.device)
+    weight, bias, x = flat[:, 8:40], flat[:, 41:73], torch.randn(4, 32).to(target.device)
+    got = sk.grouped_norm(x, weight, bias, 1e-5, centred=True)
+    whole = sk.grouped_norm(x, weight.contiguous(), bias.contiguous(), 1e-5, centred=True)
+    assert torch.equal(got, whole)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "rows of a wider tensor", "empty"])
 def test_any_strides_of_x(target, layout):
     wide = torch.randn(6, 5, 48).to(target.device)

@@ -22,7 +22,10 @@ from subzero_kernels import lowrank_embedding, lowrank_linear
 
 from .credit import Credit
 from .hooks import Hooks
+from .norms import normed, scaled
 from .plan import Entry, is_norm, row_or_column_groups
+
+_PRODUCTS = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 
 
 class GroupsDiffer(RuntimeError):
@@ -63,6 +66,8 @@ class SidePath(TorchFunctionMode):
         self.groups = 1
         self.rows = 1
         self._inside: list[nn.Module] = []
+        self._norms: set[nn.Module] = set()
+        self._shape: tuple[int, ...] = ()  # of the input of the norm that is being evaluated
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.linear: self._linear,
             torch.addmm: self._addmm,
@@ -79,6 +84,8 @@ class SidePath(TorchFunctionMode):
             if any(
                 id(p) in self.matrices or id(p) in self.dense for p in module._parameters.values()
             ):
+                if is_norm(module):
+                    self._norms.add(module)
                 hooks.add(module.register_forward_pre_hook, self._enter, prepend=True)
                 hooks.add(module.register_forward_hook, self._leave, always_call=True)
 
@@ -86,6 +93,8 @@ class SidePath(TorchFunctionMode):
         if not self._inside:
             self.__enter__()
         self._inside.append(module)
+        if module in self._norms:
+            self._shape = tuple(args[0].shape) if args else ()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._inside and self._inside[-1] is module:
@@ -110,7 +119,7 @@ class SidePath(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = self._handlers.get(func)
-        if handler is None and self._inside and is_norm(self._inside[-1]):
+        if handler is None and self._inside and self._inside[-1] in self._norms:
             handler = self._elementwise(func)
         out = NotImplemented if handler is None else handler(*args, **kwargs)
         return func(*args, **kwargs) if out is NotImplemented else out
@@ -122,7 +131,7 @@ class SidePath(TorchFunctionMode):
         if low is None and value is None:
             return NotImplemented
         self._check_rows(input, low or value)
-        bias = self._bias(bias)
+        bias = self._values(bias)
         if low is None:
             return _add_bias(F.linear(input, weight), bias)
         self._mark(low)
@@ -138,20 +147,12 @@ class SidePath(TorchFunctionMode):
         if (low is None and value is None) or beta != 1 or alpha != 1:
             return NotImplemented
         self._check_rows(mat1, low or value)
-        bias = self._bias(input)
+        bias = self._values(input)
         if low is None:
             return _add_bias(mat1 @ mat2, bias)
         self._mark(low)
         core_t = low.core.transpose(1, 2).contiguous()
         return _linear(mat1, mat2.t(), bias, low.v, low.u, core_t)
-
-    def _bias(self, bias: Tensor | None) -> Tensor | None:
-        """The bias as it is, or its values (m) or (groups, m) where it is trained."""
-        value = self.dense.get(id(bias))
-        if value is None:
-            return bias
-        values = self._mark(value).values
-        return values if self.groups > 1 else values[0]
 
     def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         low = self.matrices.get(id(weight))
@@ -177,14 +178,7 @@ class SidePath(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Any:
-        if id(weight) not in self.dense and id(bias) not in self.dense:
-            return NotImplemented
-        out = F.layer_norm(_at_least_fp32(input), normalized_shape, None, None, eps)
-        if weight is not None:
-            out = out * self._value(weight, input)
-        if bias is not None:
-            out = out + self._value(bias, input)
-        return out.to(input.dtype)
+        return self._norm(input, normalized_shape, weight, bias, eps, centred=True)
 
     def _rms_norm(
         self,
@@ -193,11 +187,23 @@ class SidePath(TorchFunctionMode):
         weight: Tensor | None = None,
         eps: float | None = None,
     ) -> Any:
-        if weight is None or id(weight) not in self.dense:
-            return NotImplemented
         eps = torch.finfo(input.dtype).eps if eps is None else eps
-        out = F.rms_norm(_at_least_fp32(input), normalized_shape, None, eps)
-        return (out * self._value(weight, input)).to(input.dtype)
+        return self._norm(input, normalized_shape, weight, None, eps, centred=False)
+
+    def _norm(
+        self,
+        x: Tensor,
+        shape: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+    ) -> Any:
+        tracked = self.dense.get(id(weight)) or self.dense.get(id(bias))
+        if tracked is None:
+            return NotImplemented
+        self._check_rows(x, tracked)
+        return normed(x, tuple(shape), self._values(weight), self._values(bias), eps, centred)
 
     def _elementwise(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """A norm's own arithmetic, with the fp32 value in place of the parameter."""
@@ -210,6 +216,10 @@ class SidePath(TorchFunctionMode):
                 return NotImplemented
             others = [a for a in args if isinstance(a, Tensor) and id(a) not in self.dense]
             x = others[0] if others else None
+            if x is not None and func in _PRODUCTS and len(args) == 2 and x.dim() > 1:
+                value = self.dense[id(tracked[0])]
+                self._check_rows(x, value)
+                return scaled(x, self._mark(value).values, tracked[0].dtype)
             out = func(
                 *(
                     self._value(a, x) if isinstance(a, Tensor) and id(a) in self.dense else a
@@ -227,18 +237,28 @@ class SidePath(TorchFunctionMode):
         return call
 
     def _value(self, parameter: Tensor, x: Tensor | None) -> Tensor:
-        """The parameter's values, shaped to broadcast over x (rows, ..., n)."""
+        """The parameter's values, shaped to broadcast over x or the norm's input (rows, ..., n)."""
         value = self.dense.get(id(parameter))
         if value is None:
             return parameter
         self._mark(value)
         if self.groups == 1:
             return value.values[0]
-        if x is None or x.dim() < 2:
-            raise GroupsDiffer(f"{value.entry.name} is used apart from the norm's input")
-        self._check_rows(x, value)
-        per_row = value.values.repeat_interleave(x.shape[0] // self.groups, 0)
-        return per_row.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        shape = tuple(x.shape) if x is not None and x.dim() > 1 else self._shape
+        if len(shape) < 2 or shape[0] % self.rows:
+            raise GroupsDiffer(
+                f"{value.entry.name} is used apart from the norm's input, which has the batch axis"
+            )
+        per_row = value.values.repeat_interleave(shape[0] // self.groups, 0)
+        return per_row.view(shape[0], *[1] * (len(shape) - 2), -1)
+
+    def _values(self, parameter: Tensor | None) -> Tensor | None:
+        """A vector as it is, or its values (n) or (groups, n) where it is trained."""
+        value = self.dense.get(id(parameter))
+        if value is None:
+            return parameter
+        values = self._mark(value).values
+        return values if self.groups > 1 else values[0]
 
     def _mark(self, tracked: Any) -> Any:
         tracked.used = True
@@ -266,17 +286,16 @@ def _linear(
     return lowrank_linear(x, w, bias, u, v, core)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y + bias, added in the wider precision and rounded once; nobody else holds y."""
     if bias is None:
         return y
-    if bias.dim() == 2:  # one row a group
-        grouped = y.view(bias.shape[0], -1, y.shape[-1])
-        return (grouped + bias[:, None]).to(y.dtype).view(y.shape)
-    return (y + bias).to(y.dtype)
+    # bias (m), or (groups, m)
+    grouped = y.view(bias.numel() // y.shape[-1], -1, y.shape[-1])
+    bias = bias.view(-1, 1, y.shape[-1])
+    if torch.is_grad_enabled():
+        return (grouped + bias).to(y.dtype).view(y.shape)
+    return grouped.add_(bias).view(y.shape)
 
 
 def _grouped_linear(x: Tensor, w: Tensor, bias: Tensor | None, low: LowRank) -> Tensor:

@@ -128,6 +128,7 @@ class DenseSpace(Space):
         super().__init__(entries, [(e.param.numel(),) for e in entries], dtype)
         self.streams = [stream_id(PURPOSE_DENSE, e.index) for e in entries]
         self.scale = torch.ones((), dtype=dtype, device=self.value.device)
+        self._evaluated = self._signs = self.value.new_empty(0, 1)
         self.read_parameters()
 
     def read_parameters(self, only: set[int] | None = None) -> None:
@@ -148,12 +149,28 @@ class DenseSpace(Space):
         """A vector has none."""
         return 0
 
-    def evaluation(self, coeff: Tensor, rng: Tensor, query: Sequence[int | None]) -> list[Tensor]:
-        """The values of every group, (G, n) per parameter; query[g] is the draw it takes."""
-        flat = self.value.repeat(coeff.shape[0], 1)
-        for g, k in enumerate(query):
-            if k is not None:
-                shifted = rng.clone()
-                shifted[1:].add_(k)
-                self.add_noise_(flat[g], coeff[g, k : k + 1], shifted)
+    def evaluation(
+        self, coeff: Tensor, rng: Tensor, signs: Sequence[tuple[int | None, int]]
+    ) -> list[Tensor]:
+        """The values of every group, (G, n) per parameter: value + sign eps z_(draw+query).
+
+        Args:
+            coeff: (G, K) fp32, row g holding sign eps at the query of group g.
+            signs: (query, sign) of every group; a baseline has no query.
+
+        One launch serves the groups of a query: those of sign -1 hold -value meanwhile, since
+        -(-value + eps z) is value - eps z to the bit.
+        """
+        if len(self._signs) != len(signs):
+            # kept, as the addresses go into the kernel's tables
+            self._evaluated = self.value.new_empty(len(signs), self.size)
+            self._signs = self.value.new_tensor([[sign or 1] for _, sign in signs])
+        flat = torch.mul(self.value, self._signs, out=self._evaluated)
+        for k in range(coeff.shape[1]):
+            own = [g for g, (query, _) in enumerate(signs) if query == k]
+            views = [view for g in own for view in self.views(flat[g])]
+            streams = self.streams * len(own)
+            perturb_dense_(views, coeff[own[0]], rng, streams=streams)
+        if any(sign < 0 for _, sign in signs):
+            flat.mul_(self._signs)
         return self.views(flat)

@@ -163,7 +163,7 @@ class Weights(TrainedWeights):
         if self.cores and self.options.apply == "forward":
             self._group_cores = self.cores.evaluation(self._coeff, rng)
         if self.masters:
-            self._group_values = self.masters.evaluation(self._coeff, rng, [k for k, _ in signs])
+            self._group_values = self.masters.evaluation(self._coeff, rng, signs)
         in_place = self.options.apply == "in_place"
         before = self.cores.value.clone() if self.cores and in_place else torch.zeros(())
         try:

@@ -37,6 +37,11 @@ std::string shapes(const LowRankEmbedding& args) {
          shape(args.w) + ", u " + shape(args.u) + ", v " + shape(args.v);
 }
 
+std::string shapes(const LowRankLinear& args) {
+  return "x " + shape(args.x) + ", w " + shape(args.w) + ", u " + shape(args.u) + ", v " +
+         shape(args.v);
+}
+
 std::string shapes(const LowRank& item) {
   return "w " + shape(item.w) + ", u " + shape(item.u) + ", v " + shape(item.v);
 }
@@ -146,6 +151,25 @@ void bind_structs(py::module_& m) {
           }),
           py::kw_only(), py::arg("ids"), py::arg("ids_wide"), py::arg("groups"), py::arg("tokens"),
           py::arg("w"), py::arg("u"), py::arg("v"), py::arg("core"), py::arg("out"));
+  py::class_<LowRankLinear>(m, "LowRankLinear")
+      .def(py::init([](const Matrix& x, const Matrix& w, uintptr_t bias, Dtype bias_dtype,
+                       int64_t bias_groups, const Matrix& u, const Matrix& v, uintptr_t core,
+                       int64_t groups, uintptr_t h, uintptr_t y) {
+             return LowRankLinear{x,
+                                  w,
+                                  pointer<void>(bias),
+                                  bias_dtype,
+                                  bias_groups,
+                                  u,
+                                  v,
+                                  pointer<float>(core),
+                                  groups,
+                                  pointer<void>(h),
+                                  pointer<void>(y)};
+           }),
+           py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("bias_dtype"),
+           py::arg("bias_groups"), py::arg("u"), py::arg("v"), py::arg("core"), py::arg("groups"),
+           py::arg("h"), py::arg("y"));
 }
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -369,6 +393,12 @@ void bind_cuda(py::module_ m) {
         check(cuda::lowrank_embedding(args, launch), "lowrank_embedding", shapes(args));
       },
       NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"));
+  m.def(
+      "lowrank_linear",
+      [](const LowRankLinear& args, const Launch& launch, int tiles) {
+        check(cuda::lowrank_linear(args, launch, tiles), "lowrank_linear", shapes(args));
+      },
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"), py::arg("tiles") = -1);
   m.def(
       "noise_outer_sum",
       [](uintptr_t sum, const Queries& queries, int64_t weight_stride, uintptr_t row, int64_t rows,

@@ -151,6 +151,22 @@ struct LowRankEmbedding {
   void* out;          // (groups, tokens, n), of w's dtype
 };
 
+// 16-bit numbers throughout but for the core and perhaps the bias; bases and rows of x and W at
+// multiples of 16 bytes, a rank that is a multiple of 8.
+struct LowRankLinear {
+  Matrix x;            // (groups rows, n)
+  Matrix w;            // (m, n)
+  const void* bias;    // (bias_groups, m), or null
+  Dtype bias_dtype;    // of x, or float32
+  int64_t bias_groups; // 1 or groups
+  Matrix u;            // (m, r)
+  Matrix v;            // (n, r)
+  const float* core;   // (groups, r, r)
+  int64_t groups;
+  void* h;             // (groups rows, r), scratch
+  void* y;             // (groups rows, m), contiguous
+};
+
 // What is left to do natively where `a` is too wide for the CUDA noise_outer_: of consecutive rows
 // sum (rows, columns) = sum_k weight[k, i] z_(draw + k).
 struct NoiseOuterSum {
@@ -217,6 +233,8 @@ int64_t noise_outer_scratch_bytes(const NoiseOuter& args);
 Status noise_outer_sum(const NoiseOuterSum& args, const Launch& launch);
 // Ranks up to 128.
 Status lowrank_embedding(const LowRankEmbedding& args, const Launch& launch);
+// `shape`: of the tiles, -1: the one that should be fastest. Hopper only.
+Status lowrank_linear(const LowRankLinear& args, const Launch& launch, int shape = -1);
 
 }  // namespace cuda
 

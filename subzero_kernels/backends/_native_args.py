@@ -157,5 +157,30 @@ def lowrank_embedding(
     )
 
 
+def lowrank_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    core: Tensor,
+    h: Tensor,
+    y: Tensor,
+) -> Any:
+    return require().LowRankLinear(
+        x=rows(x),
+        w=rows(w),
+        bias=0 if bias is None else bias.data_ptr(),
+        bias_dtype=_dtypes[w.dtype if bias is None else bias.dtype],
+        bias_groups=1 if bias is None or bias.dim() == 1 else bias.shape[0],
+        u=rows(u),
+        v=rows(v),
+        core=core.data_ptr(),
+        groups=core.shape[0],
+        h=h.data_ptr(),
+        y=y.data_ptr(),
+    )
+
+
 def rounding(name: str) -> Any:
     return getattr(require().Rounding, name)

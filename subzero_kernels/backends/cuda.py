@@ -1,6 +1,7 @@
 """The native CUDA backend: kernels of csrc/cuda on the tensor's own stream.
 
-``lowrank_linear`` is a composition of torch's GEMMs (_gemms.py).
+``lowrank_linear`` is one on Hopper for 16-bit weights, elsewhere a composition of torch's GEMMs
+(_gemms.py).
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _gemms, reference
 from . import _high_rank as high_rank
 from . import _native_args as args
-from . import reference
-from ._gemms import lowrank_linear as lowrank_linear
 from .reference import _exact_products
 
 OPS = frozenset(
@@ -41,6 +41,9 @@ _FUSED_WIDTH = 128
 _NOISE_ELEMENTS = 1 << 22
 # The highest rank that lowrank_embedding's kernel takes.
 _EMBEDDING_RANK = 128
+# lowrank_linear's kernel: the highest rank, and the rows of x from which on it is the faster one.
+_LINEAR_RANK = 256
+_LINEAR_ROWS = 256
 
 
 def available() -> tuple[bool, str]:
@@ -324,6 +327,54 @@ def _wide_noise_outer_(
             launch=_launch(out),
         )
         out.addmm_(noise.T, a[part].float(), beta=1.0 if start else beta)
+
+
+@functools.cache
+def _has_linear_kernel(device: int) -> bool:
+    """Whether this GPU is the one that lowrank_linear's kernel was written and built for."""
+    built = args.require().build_info()["cuda_architectures"].split()
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and any(name.startswith("90a") for name in built)
+
+
+def _tiled(matrix: Tensor) -> bool:
+    """Whether TMA can read tiles of it: rows and their distance in pieces of 16 bytes."""
+    return (
+        matrix.data_ptr() % 16 == 0
+        and matrix.shape[1] % 8 == 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) % 8 == 0
+    )
+
+
+def _takes_linear_kernel(rows: Tensor, w: Tensor, u: Tensor, v: Tensor) -> bool:
+    return (
+        w.dtype != torch.float32
+        and u.dtype == v.dtype == w.dtype
+        and _LINEAR_ROWS <= rows.shape[0] < 2**31 - 512
+        and u.shape[1] <= _LINEAR_RANK
+        and min(w.shape) > 0
+        and w.shape[0] % 8 == 0
+        and all(map(_tiled, (rows, w, u, v)))
+        and _has_linear_kernel(w.device.index)
+    )
+
+
+def lowrank_linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, core: Tensor
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not _takes_linear_kernel(rows, w, u, v):
+        return _gemms.lowrank_linear(x, w, bias, u, v, core)
+    y = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device=x.device)
+    h = torch.empty(rows.shape[0], u.shape[1], dtype=x.dtype, device=x.device)
+    args.require().cuda.lowrank_linear(
+        args=args.lowrank_linear(
+            rows, w, None if bias is None else bias.contiguous(), u, v, core, h, y
+        ),
+        launch=_launch(w),
+    )
+    return y
 
 
 def lowrank_embedding(ids: Tensor, w: Tensor, u: Tensor, v: Tensor, core: Tensor) -> Tensor:

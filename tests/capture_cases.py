@@ -13,6 +13,7 @@ from tiny_models import batch, build
 from torch import Tensor
 
 from subzero import SubZero
+from subzero.activation_weights import ActivationWeights
 
 GPU = [
     pytest.mark.gpu,
@@ -48,10 +49,25 @@ def tensors(opt: SubZero) -> dict[str, Tensor]:
         found[f"{name} value"] = space.value
         for key, value in opt._rule_state[name].items():
             found[f"{name} {key}"] = value
-    for i, pair in enumerate(getattr(weights, "_bases", [])):
-        found[f"u {i}"], found[f"v {i}"] = pair
+    if isinstance(weights, ActivationWeights):
+        found |= of_activation(weights)
+    else:
+        for i, pair in enumerate(weights._bases):
+            found[f"u {i}"], found[f"v {i}"] = pair
     numbers = opt._numbers._held | {"rng": opt._rng, "skipped": opt._skipped}
     return found | numbers | {"folds": weights.fold_rng, "decay": weights.decay}
+
+
+def of_activation(weights: ActivationWeights) -> dict[str, Tensor]:
+    found = {f"v {i}": v for i, v in enumerate(weights._bases)}
+    found |= {f"turned {i}": core for i, core in enumerate(weights._turned)}
+    carriers = [tap.carrier for tap in weights.taps]
+    found |= {f"u {i}": u for i, u in enumerate(carriers) if u is not None}
+    seen = weights._seen
+    if seen is not None:  # the place behind a ring takes what is not remembered
+        found |= {f"seen {i}": ring[:-1] for i, ring in enumerate(seen._rings)}
+        found |= {f"seen {axis}": count for axis, count in seen._counts.items()}
+    return found
 
 
 def bits(value: Tensor) -> Tensor:

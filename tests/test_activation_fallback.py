@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_activation_rows import WORDS, optimizer, padded
+from test_activation_rows import WORDS, padded
 from tiny_models import build
 from torch import Tensor, nn
 
@@ -122,10 +122,11 @@ def test_a_cache_of_another_kind_falls_back() -> None:
 
 
 def test_padding_is_tried_as_well() -> None:
-    """A cache that serves full rows only is found out on the first batch with padding."""
+    """A cache that serves full rows only is found out before the first batch with a mask."""
     model = build("llama", dtype=torch.float64)
-    opt = optimizer(model)
+    opt = SubZero(model, noise="activation", rank=3, queries=4)
     decoder = opt._queries._decoder
+    assert decoder is not None
     plain = decoder._visible
 
     def blind(at: Tensor) -> Any:  # sees padding
@@ -133,8 +134,9 @@ def test_padding_is_tried_as_well() -> None:
         seen.prefix[:] = torch.arange(9) < decoder._first[:, None, None]
         return seen
 
-    decoder._visible = blind
-    opt.step(padded("no"), label_words(WORDS))
+    decoder._visible = blind  # type: ignore[method-assign]
+    b = padded("no")
+    opt.step({k: v for k, v in b.items() if k != "attention_mask"}, label_words(WORDS))
     assert opt.plan().whole_groups == ""
-    opt.step(padded("left"), label_words(WORDS))
+    opt.step(b, label_words(WORDS))
     assert "differ from the forward" in opt.plan().whole_groups

@@ -251,7 +251,7 @@ def test_packed_rows_are_whole_groups() -> None:
     calls.clear()
     one = opt._queries.bind({**b, "position_ids": b["position_ids"][:1]}, next_token(), None)
     every = opt._queries.bind(b, next_token(), None)
-    assert torch.equal(one[0].grid.ids, every[0].grid.ids) and one[0].grid.sequences == 6
+    assert torch.equal(one[0].grid.ids, every[0].grid.ids) and int(one[0].grid.next) == 6
     opt.step({**b, "position_ids": b["position_ids"][:1]}, next_token())  # one row for all
     assert len(calls) == 1
     calls.clear()

@@ -12,6 +12,7 @@ weight's own input. Source: DESIGN of the project, docs/activation-noise.md; nod
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,42 @@ from .side_path import SidePath
 class NoisyRows:
     """The noisy rows of one axis in one pass, out of ``total`` rows of a group.
 
-    index (R,) int64: which rows of a group, ascending. ids (R,) int64: rows of the RNG contract.
+    There are as many entries as shapes tell, R, so that nothing is read from the device. Those
+    that are not ``live`` fill up and stand for no row.
+
+    index (R,) int64: the row of each entry; None: entry i is row i, R = total. ids (R,) int64: rows
+    of the RNG contract. live (R,) bool.
     """
 
     total: int
-    index: Tensor
+    index: Tensor | None
     ids: Tensor
+    live: Tensor
+
+    @functools.cached_property
+    def _entry(self) -> Tensor:
+        """(total,) int64: the entry of each row, R where a row has none."""
+        assert self.index is not None
+        count = len(self.live)
+        entry = self.ids.new_full((self.total + 1,), count)
+        at = torch.where(self.live, self.index, self.total)
+        return entry.index_copy_(0, at, torch.arange(count, device=at.device))[: self.total]
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Numbers (R,) of the entries laid out by row: (total,), zero where a row has no entry."""
+        if self.index is None:
+            return numbers
+        return F.pad(numbers, (0, 1)).index_select(0, self._entry)
+
+    @functools.cached_property
+    def row_ids(self) -> Tensor:
+        """``ids`` by row, (total,)."""
+        return self.spread(self.ids)
+
+    @functools.cached_property
+    def live_last(self) -> Tensor:
+        """All entries, those that are not live first, in order otherwise: (R,) int64."""
+        return torch.argsort(self.live.to(torch.int8), stable=True)
 
 
 @dataclass(frozen=True)
@@ -58,10 +89,10 @@ class Tap:
     """One credited linear: adds its noise, keeps its clean rows divided by their norm.
 
     Attributes:
-        basis: V (n, r), once it is known; kept rows are then projected: (rows, r), else (rows, n).
+        basis: V (n, r), once it is known; kept rows are then projected: (R, r), else (R, n).
         carrier: U (m, r) in form core: the noise is U z.
-        kept: rows of the step so far, one tensor for each micro-batch.
-        recent: x / |x| of the last rows of the step, at most ``remember`` of them, where asked.
+        kept: entries of the step so far, one tensor for each micro-batch; zero where not live.
+        recent: (x / |x|, live) of the last rows of each micro-batch, at most ``remember``.
     """
 
     def __init__(self, credit: Credit, wide: torch.dtype) -> None:
@@ -72,7 +103,7 @@ class Tap:
         self.basis: Tensor | None = None
         self.carrier: Tensor | None = None
         self.kept: list[Tensor] = []
-        self.recent: list[Tensor] = []
+        self.recent: list[tuple[Tensor, Tensor]] = []
         self._norm = torch.zeros(0)
         self._met = 0
 
@@ -81,10 +112,6 @@ class Tap:
 
     def begin_pass(self) -> None:
         self._met = 0
-
-    def drop_last(self) -> None:
-        """Forget the rows of the last clean forward."""
-        del self.kept[-1:], self.recent[-1:]
 
     def meet(self, x: Tensor, y: Tensor, now: Pass) -> Tensor:
         """The output y (..., m) of input x (..., n) with this pass's noise in its noisy rows."""
@@ -103,7 +130,7 @@ class Tap:
                 "freeze it with requires_grad_(False)"
             )
         if now.clean:
-            self._keep(x.reshape(now.groups, rows.total, -1)[0].index_select(0, rows.index))
+            self._keep(x.reshape(now.groups, rows.total, -1)[0], rows)
         queries = len(now.query)
         if not queries or not self.credit.noisy:
             return y
@@ -111,30 +138,43 @@ class Tap:
             y = y.contiguous()
         target = y.view(now.groups, rows.total, -1)[now.groups - queries :]
         scale = now.eps * self._norm
+        if self.carrier is not None:
+            m, r = self.carrier.shape
+            scale = scale * math.sqrt(m / r)
+        scale = rows.spread(scale).expand(queries, -1).contiguous()
         if self.carrier is None:
-            spread = scale.new_zeros(rows.total).index_copy_(0, rows.index, scale)
-            ids = rows.ids.new_zeros(rows.total).index_copy_(0, rows.index, rows.ids)
-            spread = spread.expand(queries, -1).contiguous()
-            add_noise_(target, spread, now.query, ids, now.rng, stream=self.stream)
+            add_noise_(target, scale, now.query, rows.row_ids, now.rng, stream=self.stream)
             return y
-        m, r = self.carrier.shape
-        inner = scale.new_zeros(queries, len(rows.index), r)
-        scale = (scale * math.sqrt(m / r)).expand(queries, -1).contiguous()
-        add_noise_(inner, scale, now.query, rows.ids, now.rng, stream=self.stream)
-        tail = inner @ self.carrier.to(self.wide).T
-        target.index_add_(1, rows.index, tail.to(y.dtype))
+        inner = scale.new_zeros(queries, rows.total, r)
+        add_noise_(inner, scale, now.query, rows.row_ids, now.rng, stream=self.stream)
+        target.flatten(0, 1).addmm_(
+            inner.flatten(0, 1).to(y.dtype), self.carrier.to(y.dtype).T
+        )  # one product and one rounding; rows without noise stay as they are
         return y
 
-    def _keep(self, x: Tensor) -> None:
+    def _keep(self, x: Tensor, rows: NoisyRows) -> None:
         """|x| of the noisy rows, and x / |x|: zero where |x| is zero or not finite."""
-        x = x.to(self.wide)
-        norm = torch.linalg.vector_norm(x, dim=1)
-        good = torch.isfinite(norm) & (norm > 0)
+        if rows.index is not None:
+            x = x.index_select(0, rows.index)
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=self.wide)
+        good = torch.isfinite(norm) & (norm > 0) & rows.live
         self._norm = torch.where(good, norm, 0.0)
-        unit = torch.where(good[:, None], x / norm[:, None], 0.0)
+
+        def unit(of: Tensor, some: Tensor | slice) -> Tensor:
+            return torch.where(good[some, None], of.to(self.wide) / norm[some, None], 0.0)
+
+        every = slice(None)
+        if self.basis is None:
+            self.kept.append(unit(x, every))
+        elif x.dtype is torch.bfloat16 is self.basis.dtype:  # as the model's own products
+            self.kept.append(unit(x @ self.basis, every))
+        else:
+            self.kept.append(unit(x, every) @ self.basis.to(self.wide))
         if self.remember:
-            self.recent.append(unit[-self.remember :])
-        self.kept.append(unit if self.basis is None else unit @ self.basis.to(self.wide))
+            few = len(x) <= self.remember
+            last = every if few else rows.live_last[-self.remember :]
+            units = unit(x if few else x[last], last).to(self.credit.param.dtype)
+            self.recent.append((units, rows.live[last]))
 
 
 class ActivationPath(SidePath):

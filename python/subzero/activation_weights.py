@@ -3,7 +3,8 @@
     core   W + U S V^T     right   W + B V^T     full   W written in place
 
 V is the top right-singular vectors of the rows a linear sees: of the first step's, or what
-``bases_from`` saw; a new window takes those of the last rows seen.
+``bases_from`` saw; a new window takes those of the last rows seen. Whatever outlives a step has
+memory of its own that is written in place, since captured graphs read it there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .alignment import aligned_bases
 from .credit import Credit, CreditPlan
 from .forms import CreditSpace, FullSpace
 from .options import Options
+from .seen import SeenRows
 from .side_path import LowRank
 from .spaces import Space
 from .trained import TrainedWeights
@@ -38,7 +40,10 @@ class ActivationWeights(TrainedWeights):
         self.taps = [Tap(credit, self.dtype) for credit in plan.entries]
         self.full = FullSpace(self.taps, self.dtype, self) if plan.form == "full" else None
         self.space: CreditSpace = self.full or CreditSpace(self.taps, self.dtype)
-        self.seen: list[Tensor] = []  # the last rows x / |x| of each linear, at most 4 r
+        self._seen: SeenRows | None = None  # made with the first rows
+        self._bases: list[Tensor] = []  # the memory of V, made when it is first known
+        self._turned: list[Tensor] = []  # cores of transposed weights, (1, r, r) each
+        self._eye: Tensor | None = None
         self._met_checked = False
 
     def spaces(self) -> Iterator[tuple[str, Space]]:
@@ -49,6 +54,16 @@ class ActivationWeights(TrainedWeights):
     def aligned(self) -> bool:
         """Whether V is known; form full needs none."""
         return self.full is not None or self.taps[0].basis is not None
+
+    @property
+    def seen(self) -> list[Tensor]:
+        """The last rows x / |x| of each linear, at most 4 r; it waits for the device."""
+        return [] if self._seen is None else self._seen.rows()
+
+    @property
+    def ready(self) -> bool:
+        """Once V is known: the first rows are read."""
+        return self.aligned
 
     def attach(self, model: nn.Module) -> None:
         """Hook the credited linears; V comes with the first rows."""
@@ -71,13 +86,16 @@ class ActivationWeights(TrainedWeights):
         drawn: dict[int, Tensor] = {}
         for tap in self.taps:
             c = tap.credit
-            if c.source not in drawn:
-                drawn[c.source] = orthonormal_basis(
-                    c.m, c.rank, seed=self.options.seed, window=window,
-                    stream=stream_id(PURPOSE_BASIS_U, c.source),
-                    dtype=c.param.dtype, device=self.device,
-                )  # fmt: skip
-            tap.carrier = drawn[c.source]
+            if c.source in drawn:
+                tap.carrier = drawn[c.source]
+                continue
+            basis = orthonormal_basis(
+                c.m, c.rank, seed=self.options.seed, window=window,
+                stream=stream_id(PURPOSE_BASIS_U, c.source),
+                dtype=c.param.dtype, device=self.device,
+            )  # fmt: skip
+            tap.carrier = basis if tap.carrier is None else tap.carrier.copy_(basis)
+            drawn[c.source] = tap.carrier
 
     def align(self, rows: list[Tensor], window: int) -> None:
         """V of every linear from rows x / |x|, and the side path at S = 0 or B = 0."""
@@ -91,28 +109,51 @@ class ActivationWeights(TrainedWeights):
         )
 
     def _set_bases(self, bases: list[Tensor]) -> None:
-        for tap, basis in zip(self.taps, bases, strict=True):
-            tap.basis = basis.contiguous()
+        if not self._bases:
+            self._bases = [basis.clone(memory_format=torch.contiguous_format) for basis in bases]
+        for tap, held, basis in zip(self.taps, self._bases, bases, strict=True):
+            tap.basis = held.copy_(basis)
         self.show()
+
+    def _forget_bases(self) -> None:
+        self.side.matrices.clear()
+        for tap in self.taps:
+            tap.basis = None
 
     def show(self) -> None:
         """The side path evaluates what the state holds now."""
         if self.full is not None or not self.aligned:
             return
+        if self._eye is None:
+            rank = self.taps[0].credit.rank
+            self._eye = torch.eye(rank, dtype=self.dtype, device=self.device)[None]
+            if self.plan.form == "core":
+                turned = [tap for tap in self.taps if tap.credit.transposed]
+                self._turned = [self._eye.clone() for _ in turned]
+        self._turn_cores()
+        copies = iter(self._turned)
         for tap, state in zip(self.taps, self.space.views(self.space.value), strict=True):
-            u, v, core = self._factors(tap, state)
-            self.side.matrices[id(tap.credit.param)] = LowRank(tap.credit, u, v, core[None])
+            u, v, core = self._factors(tap, state, self._eye)
+            if tap.carrier is not None and tap.credit.transposed:
+                core = next(copies)
+            self.side.matrices[id(tap.credit.param)] = LowRank(tap.credit, u, v, core)
 
-    def _factors(self, tap: Tap, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _turn_cores(self) -> None:
+        """A transposed core is a copy, all others are views of the state."""
+        if not self._turned:
+            return
+        cores = zip(self.taps, self.space.views(self.space.value), strict=True)
+        turned = [core.T for tap, core in cores if tap.credit.transposed]
+        torch._foreach_copy_([held[0] for held in self._turned], turned)
+
+    def _factors(self, tap: Tap, state: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(u, v, core) of the change U S V^T or B V^T in the orientation the weight is stored."""
         assert tap.basis is not None
-        if tap.carrier is not None:
-            u, core = tap.carrier, state
-        else:
-            u, core = state, torch.eye(tap.credit.rank, dtype=state.dtype, device=state.device)
+        if tap.carrier is None:
+            return (tap.basis, state, eye) if tap.credit.transposed else (state, tap.basis, eye)
         if tap.credit.transposed:
-            return tap.basis, u, core.T.contiguous()
-        return u, tap.basis, core
+            return tap.basis, tap.carrier, state.T[None]
+        return tap.carrier, tap.basis, state[None]
 
     # one step
 
@@ -137,7 +178,7 @@ class ActivationWeights(TrainedWeights):
         """
         self._check_met()
         if not self.aligned:
-            if not bool(finite):
+            if not bool(finite):  # read once: the first steps give V
                 for tap in self.taps:
                     tap.begin_step()
                 return
@@ -145,7 +186,30 @@ class ActivationWeights(TrainedWeights):
             for tap in self.taps:
                 assert tap.basis is not None
                 tap.kept = [rows @ tap.basis.to(rows.dtype) for rows in tap.kept]
-        self.remember(finite)
+        if self.full is None:
+            self._seen_rows().take(self.taps, finite)
+
+    def _seen_rows(self) -> SeenRows:
+        if self._seen is None:
+            self._seen = SeenRows(self.taps)
+        return self._seen
+
+    @contextmanager
+    def as_ready(self) -> Iterator[None]:
+        """All memory is there, with some basis where none is known."""
+        if self.full is not None:
+            yield
+            return
+        self._seen_rows()
+        aligned = self.aligned
+        if not aligned:
+            credits = [tap.credit for tap in self.taps]
+            self._set_bases([c.param.new_zeros(c.n, c.rank) for c in credits])
+        try:
+            yield
+        finally:
+            if not aligned:
+                self._forget_bases()
 
     def _check_met(self) -> None:
         """After the first evaluation: name what is credited but did not run where we look."""
@@ -167,31 +231,16 @@ class ActivationWeights(TrainedWeights):
             tap.basis = None
         self.align([_joined(tap.kept, tap) for tap in self.taps], window)
 
-    def remember(self, finite: Tensor) -> None:
-        """Keep the last 4 r rows of each linear for the next window; a skipped step's are not."""
-        if self.full is not None:
-            return
-        before = self.seen or [_joined([], tap) for tap in self.taps]
-        self.seen = []
-        for tap, old in zip(self.taps, before, strict=True):
-            new = torch.cat([old, *tap.recent])[-tap.remember :]
-            if len(new) == len(old):
-                new = torch.where(finite, new, old)
-            elif not bool(finite):  # only until 4 r rows have been seen
-                new = old
-            self.seen.append(new)
-            tap.recent = []
-
     def end_step(self) -> None:
         """The update is made."""
         self.changed = True
-        if self.plan.form == "core" and any(tap.credit.transposed for tap in self.taps):
-            self.show()  # a transposed core is a copy, all others are views of the state
+        if self.aligned:
+            self._turn_cores()
 
     def decay_(self, factor: Tensor) -> None:
         """Decoupled weight decay: on the state now, on W's own part at the fold."""
         if self.full is not None:
-            self.full.decay = float(factor)
+            self.full.decay = factor
             return
         self.space.value.mul_(factor)
         self.decay.mul_(factor)
@@ -210,15 +259,15 @@ class ActivationWeights(TrainedWeights):
             for held in state["core"].values():
                 held.zero_()
         self._draw_carriers(window)
-        if not self.seen:
+        if not self.aligned:
             return
-        old = [tap.basis for tap in self.taps]
-        self.align(self.seen, window)
-        if self.plan.form == "right" and "momentum" in state["core"]:
+        follows = self.plan.form == "right" and "momentum" in state["core"]
+        old = [basis.clone() for basis in self._bases] if follows else []
+        self.align(self._seen_rows().in_order(), window)
+        if follows:
             momenta = self.space.views(state["core"]["momentum"])
-            for tap, before, m in zip(self.taps, old, momenta, strict=True):
-                assert before is not None and tap.basis is not None
-                m.copy_(m @ (before.to(m.dtype).T @ tap.basis.to(m.dtype)))
+            for before, basis, m in zip(old, self._bases, momenta, strict=True):
+                m.copy_(m @ (before.to(m.dtype).T @ basis.to(m.dtype)))
 
     def fold(self) -> None:
         """W = decay W + U S V^T or decay W + B V^T, then S or B = 0."""
@@ -227,24 +276,19 @@ class ActivationWeights(TrainedWeights):
         self.changed = False
         if self.full is not None or not self.aligned:
             return
+        assert self._eye is not None
         with torch.no_grad():
             decay = float(self.decay) if self.decayed else 1.0
             for tap, state in zip(self.taps, self.space.views(self.space.value), strict=True):
-                u, v, core = self._factors(tap, state)
-                credit = tap.credit
-                fold_(
-                    credit.param.data,
-                    u,
-                    v,
-                    core,
-                    decay=decay,
-                    **self._rounding(credit, self.fold_rng),
-                )
+                u, v, core = self._factors(tap, state, self._eye)
+                rounding = self._rounding(tap.credit, self.fold_rng)
+                weight = tap.credit.param.data
+                fold_(weight, u, v, core[0].contiguous(), decay=decay, **rounding)
             self.folded()
             self.space.value.zero_()
             self.decay.fill_(1.0)
             self.decayed = False
-            self.show()
+            self._turn_cores()
 
     # saving
 
@@ -254,8 +298,8 @@ class ActivationWeights(TrainedWeights):
         for i, tap in enumerate(self.taps):
             if tap.basis is not None:
                 saved[f"basis.{i}"] = tap.basis
-            if self.seen:
-                saved[f"seen.{i}"] = self.seen[i]
+        if saved:
+            saved |= {f"seen.{i}": rows for i, rows in enumerate(self.seen)}
         return saved
 
     def expects(self, name: str, value: Tensor) -> bool:
@@ -268,7 +312,7 @@ class ActivationWeights(TrainedWeights):
         credit: Credit = self.taps[int(number)].credit
         if kind == "basis":
             return tuple(value.shape) == (credit.n, credit.rank)
-        return value.dim() == 2 and value.shape[1] == credit.n
+        return value.dim() == 2 and value.shape[1] == credit.n and len(value) <= 4 * credit.rank
 
     def missing(self, names: Collection[str]) -> str:
         """Bases are saved of all linears or of none, and rows with them."""
@@ -282,22 +326,13 @@ class ActivationWeights(TrainedWeights):
     def resume(self, window: int, tensors: dict[str, Tensor]) -> None:
         """Bases and rows as saved; none where no step had come."""
         self._draw_carriers(window)
-        self.seen = [
-            tensors[f"seen.{i}"].to(self.device, self.dtype)
-            for i in range(len(self.taps))
-            if f"seen.{i}" in tensors
-        ]
+        if self._seen is not None or "seen.0" in tensors:
+            some = [tensors.get(f"seen.{i}") for i in range(len(self.taps))]
+            self._seen_rows().restore(some)
         if "basis.0" in tensors:
-            self._set_bases(
-                [
-                    tensors[f"basis.{i}"].to(self.device, tap.credit.param.dtype)
-                    for i, tap in enumerate(self.taps)
-                ]
-            )
+            self._set_bases([tensors[f"basis.{i}"] for i in range(len(self.taps))])
         else:
-            self.side.matrices.clear()
-            for tap in self.taps:
-                tap.basis = None
+            self._forget_bases()
 
 
 def _joined(rows: list[Tensor], tap: Tap) -> Tensor:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .activation_weights import ActivationWeights
 from .groups import map_tensors, tensors_of
 from .losses import micro_masks
 from .masks import packed_as_before
+from .micros import Extent
 from .objectives import LogitsLoss
 
 if TYPE_CHECKING:
@@ -74,17 +76,12 @@ class CapturedStep:
     def __init__(self, opt: SubZero, batch: Any, objective: Any, positions: Any) -> None:
         self._opt = opt
         self._objective = objective
-        self._widths: list[int] | None = None
+        self._sizes: list[Any] | None = None
         device = opt._weights.device
-        if opt.options.activation:
-            raise NotImplementedError(
-                "capture: expected noise='weight', got 'activation', whose rows are counted on "
-                "the host; take step(batch, objective)"
-            )
         if not callable(objective):
             raise TypeError(f"objective: expected a callable, got {type(objective).__name__}")
         opt._read_group()
-        opt._evaluator.bind(batch, objective, positions)
+        opt._bind(batch, objective, positions)
 
         def buffer(t: Tensor) -> Tensor:
             return torch.empty(t.shape, dtype=t.dtype, device=device).copy_(t)
@@ -92,9 +89,10 @@ class CapturedStep:
         self._batch = map_tensors(batch, buffer)
         self._positions = map_tensors(positions, buffer)
         if has_graphs(device):
-            self._widths = self._read_widths()
-            with torch.cuda.device(device):
-                self._capture()
+            if opt.options.activation:
+                opt._queries.prepare(self._batch, objective, self._positions)
+            self._sizes = self._read_sizes(self._batch, self._positions)
+            self._capture()
 
     @torch.no_grad()
     def __call__(self, batch: Any, positions: Any = None) -> Tensor:
@@ -116,11 +114,14 @@ class CapturedStep:
         opt._read_group()
         pairs = [*_pairs("batch", self._batch, batch)]
         pairs += _pairs("positions", self._positions, positions)
-        self._check_widths(batch, positions)
+        self._check_sizes(batch, positions)
         for held, given in pairs:
             held.copy_(given, non_blocking=True)
         opt._open_window()
-        loss = self._step() if self.graph is None else self._replay()
+        if self.graph is None or not opt._weights.ready:  # the first rows give V: read once
+            loss = self._step()
+        else:
+            loss = self._replay()
         opt.steps += 1
         opt._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
         return loss
@@ -128,6 +129,18 @@ class CapturedStep:
     # making the graph
 
     def _capture(self) -> None:
+        with torch.cuda.device(self._opt._weights.device):
+            self._make_graph()
+        self._holds = self._held()
+
+    def _held(self) -> tuple[bool, ...]:
+        """What the graph holds as it is: where it changes, the graph is made again."""
+        opt = self._opt
+        if not isinstance(opt._weights, ActivationWeights):
+            return ()
+        return opt._queries.decodes, opt._weights.full is not None and opt._numbers.decays
+
+    def _make_graph(self) -> None:
         opt = self._opt
         if opt._graph_memory is None:
             opt._graph_memory = GraphMemory(opt._weights.device)
@@ -136,7 +149,11 @@ class CapturedStep:
         self._losses, self._given = self._loss.new_empty(_LOSSES), 0
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
-        with _leaving_no_trace(opt), packed_as_before(self._batch) as packed:
+        with (
+            _leaving_no_trace(opt),
+            opt._weights.as_ready(),
+            packed_as_before(self._batch) as packed,
+        ):
             memory.stream.wait_stream(current)
             with torch.cuda.stream(memory.stream):
                 opt._rehearsing = True
@@ -167,10 +184,7 @@ class CapturedStep:
         self.graph = graph
 
     def _step_body(self) -> tuple[Tensor, Tensor]:
-        opt = self._opt
-        return opt._weight_step(
-            opt._evaluator.bind(self._batch, self._objective, self._positions, self._widths)
-        )
+        return self._opt._bind(self._batch, self._objective, self._positions, self._sizes)()
 
     def _step(self) -> Tensor:
         loss, finite = self._step_body()
@@ -178,6 +192,8 @@ class CapturedStep:
         return loss.float()
 
     def _replay(self) -> Tensor:
+        if self._holds != self._held():
+            self._capture()
         assert self.graph is not None
         self.graph.replay()
         self._opt._weights.stepped(self._opt._numbers.decays)
@@ -189,26 +205,38 @@ class CapturedStep:
 
     # what a LogitsLoss reads
 
-    def _read_widths(self) -> list[int] | None:
-        """How many positions an example has at most, for each micro-batch; None: the loss says."""
-        if not isinstance(self._objective, LogitsLoss):
+    def _read_sizes(self, batch: Any, positions: Any) -> list[Any] | None:
+        """What is read of each micro-batch at most; None: the loss says, or reads all."""
+        opt, objective = self._opt, self._objective
+        if not isinstance(objective, LogitsLoss):
             return None
-        if self._objective.width is not None and self._positions is None:
+        if opt.options.activation:
+            return [micro.extent for micro in opt._queries.bind(batch, objective, positions)]
+        if objective.width is not None and positions is None:
             return None
-        return [int(mask.sum(1).max()) for mask in self._masks(self._batch, self._positions)]
+        return [int(mask.sum(1).max()) for mask in self._masks(batch, positions)]
 
-    def _check_widths(self, batch: Any, positions: Any) -> None:
+    def _check_sizes(self, batch: Any, positions: Any) -> None:
         """One error for a batch on the CPU that has more positions than the graph reads."""
-        if self._widths is None or any(
+        if self._sizes is None or any(
             t.device.type != "cpu" for t in tensors_of((batch, positions))
         ):
             return
-        for mask, width in zip(self._masks(batch, positions), self._widths, strict=True):
-            most = int(mask.sum(1).max())
-            if most > width:
+        sizes = self._read_sizes(batch, positions)
+        assert sizes is not None
+        for most, size in zip(self._sizes, sizes, strict=True):
+            what, wanted, got = "scored positions in an example", most, size
+            if isinstance(most, Extent):
+                wanted, got = most.width, size.width
+                if got <= wanted:
+                    what = "tokens from the first scored one of an example to its last"
+                    wanted, got = most.length, size.length
+                if most.unpacked and not size.unpacked:
+                    what, wanted, got = "sequence in a row", 1, "several"
+            if isinstance(got, str) or got > wanted:
                 raise ValueError(
-                    f"batch: expected at most {width} scored positions in an example, as the "
-                    f"captured batch has, got {most}; capture a batch with as many as there can be"
+                    f"batch: expected at most {wanted} {what}, as the captured batch has, got "
+                    f"{got}; capture a batch with as many as there can be"
                 )
 
     def _masks(self, batch: Any, positions: Any) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ class CreditSpace(Space):
     """S or B of every credited weight, in one flat buffer.
 
     The weights of a step's rows come as one tensor (K, rows of all axes), as ``set_rows`` lays
-    them out.
+    them out, with ``finite``: whether the step counts.
     """
 
     def __init__(self, taps: Sequence[Tap], dtype: torch.dtype) -> None:
@@ -44,14 +44,16 @@ class CreditSpace(Space):
             units = self.value.new_tensor([_change_per_weight(c) for c in credits])
             self.scale = units.repeat_interleave(sizes)
         self._rows: dict[str, tuple[slice, Tensor]] = {}
+        self.finite = torch.ones((), dtype=torch.bool, device=self.value.device)
 
-    def set_rows(self, weight: RowWeights, ids: RowWeights) -> Tensor:
+    def set_rows(self, weight: RowWeights, ids: RowWeights, finite: Tensor) -> Tensor:
         """Lay out a step's rows: (K, rows), what rules then multiply."""
-        start = 0
+        start, self.finite = 0, finite
         for axis, some in ids.items():
             self._rows[axis] = slice(start, start + len(some)), some
             start += len(some)
-        return torch.cat(list(weight.values()), 1).to(self.value.dtype)
+        parts = list(weight.values())
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(self.value.dtype)
 
     def rows_of(self, tap: Tap, coeff: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """(weight (K, R), a (R, r or n), ids (R,)) of a tap's rows, or None where it met none."""
@@ -63,16 +65,17 @@ class CreditSpace(Space):
 
     def add_noise_(self, flat: Tensor, coeff: Tensor, rng: Tensor, *, scaled: bool = True) -> None:
         """flat += sum_k sum_i coeff[k, i] z_(draw+k)[i] a[i]^T; coeff (K, rows)."""
+        scaled_by: dict[float, Tensor] = {}
         for tap, out in zip(self.taps, self.views(flat), strict=True):
-            rows = self.rows_of(tap, coeff)
+            credit = tap.credit
+            by = math.sqrt(credit.m / credit.rank) if scaled and credit.form == "core" else 1.0
+            if by not in scaled_by:
+                scaled_by[by] = coeff if by == 1.0 else coeff * by
+            rows = self.rows_of(tap, scaled_by[by])
             if rows is None:
                 continue
             weight, kept, ids = rows
-            credit = tap.credit
-            if scaled and credit.form == "core":
-                weight = weight * math.sqrt(credit.m / credit.rank)
-            weight = weight.contiguous()
-            noise_outer_(out, weight, kept, ids, rng, stream=tap.stream, beta=1.0)
+            noise_outer_(out, weight.contiguous(), kept, ids, rng, stream=tap.stream, beta=1.0)
 
     def width(self, i: int) -> int:
         """max(m, n) of the weight, whatever is kept of it."""
@@ -82,13 +85,14 @@ class CreditSpace(Space):
 class FullSpace(CreditSpace):
     """The weights themselves: rules without a state write noise straight into them.
 
-    ``decay`` is what the next write multiplies a weight by.
+    ``decay`` (0-d) is what the next write multiplies a weight by; None: nothing decays. A step
+    that is skipped writes the values that are there.
     """
 
     def __init__(self, taps: Sequence[Tap], dtype: torch.dtype, weights: Any) -> None:
         self.weights = weights
         super().__init__(taps, dtype)
-        self.decay = 1.0
+        self.decay: Tensor | None = None
 
     def allocate(self) -> Tensor:
         """No second copy of the weights: ``value`` stays empty."""
@@ -103,7 +107,7 @@ class FullSpace(CreditSpace):
             weight, units, ids = rows
             credit, count = tap.credit, len(ids)
             weight = weight.contiguous()
-            if count > min(credit.m, credit.n):
+            if count > min(credit.m, credit.n) or self.decay is not None:
                 change = units.new_empty(credit.m, credit.n)
                 noise_outer_(change, weight, units, ids, rng, stream=tap.stream)
                 self.write(credit, change)
@@ -115,36 +119,37 @@ class FullSpace(CreditSpace):
             if credit.transposed:
                 u, v = v, u
             rounding = self.weights._rounding(credit, self.weights.fold_rng)
-            fold_(credit.param.data, u, v, eye, decay=self.decay, **rounding)
-        self._written()
+            fold_(credit.param.data, u, v, eye, **rounding)
+        self.finish()
 
     def subtract_(self, flat: Tensor) -> None:
         """W = decay W - flat."""
         for tap, change in zip(self.taps, self.views(flat), strict=True):
             self.write(tap.credit, -change)
-        self._written()
+        self.finish()
 
-    def subtract_at_(self, changes: Sequence[tuple[int, Tensor]]) -> None:
-        """W_i = decay W_i - change, for some weights; ``finish`` ends the step's writes."""
-        for i, change in changes:
-            self.write(self.taps[i].credit, -change)
+    def subtract_stack_(self, members: Sequence[int], x: Tensor, factor: Tensor) -> None:
+        """W_i = decay W_i - factor_i x_i, for some weights; ``finish`` ends the step's writes."""
+        for i, change, by in zip(members, x, factor, strict=True):
+            self.write(self.taps[i].credit, -by * change)
 
     def finish(self) -> None:
-        self._written()
+        """Weights were written once more, in a step that counts."""
+        self.weights.folded(self.finite)
+        self.decay = None
 
     def write(self, credit: Credit, change: Tensor) -> None:
         """W = decay W + change (m, n), rounded once."""
         w = credit.param.data
-        value = self.decay * w.to(change.dtype) + (change.T if credit.transposed else change)
+        value = w.to(change.dtype)
+        if self.decay is not None:
+            value = self.decay * value
+        value = value + (change.T if credit.transposed else change)
         how = self.weights._rounding(credit, self.weights.fold_rng)
         if how["rounding"] == "stochastic" and w.dtype.itemsize < 4:
             word = words(how["rng"], stream_id(PURPOSE_ROUNDING, credit.index), w.numel())
             value = round_stochastic(value, word.view(w.shape), w.dtype)
         w.copy_(value)
-
-    def _written(self) -> None:
-        self.weights.folded()
-        self.decay = 1.0
 
 
 def _change_per_weight(credit: Credit) -> float:

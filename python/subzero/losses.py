@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .groups import SharedPrefix, batch_size, repeat_batch
 from .objectives import LogitsLoss
 from .plan import DENSE, SIDE
-from .rows import main_grid, scored_positions, with_decoder_tokens
+from .rows import real_tokens, scored_positions, with_decoder_tokens
 from .side_path import DenseValue, GroupsDiffer, LowRank
 from .weights import Weights
 
@@ -90,9 +90,9 @@ class Evaluator:
             fits = None if width is None else (mask.sum(1) <= width).all()
             return Micro(batch, mask, *objective.read(mask, positions, width), fits)
         named = with_decoder_tokens(self.model, batch)
-        grid = main_grid(named, examples, 0)
-        scored = scored_positions(named, examples, grid, positions)
-        return Micro(batch, grid.real if scored is None and grid is not None else scored)
+        real = real_tokens(named, examples)
+        scored = scored_positions(named, examples, real, positions)
+        return Micro(batch, real if scored is None else scored)
 
     def _closure(self, closure: Callable[[], Any], signs: Signs) -> Tensor:
         device = self.weights.decay.device
@@ -178,7 +178,9 @@ class Evaluator:
 
 def _mean(parts: list[Sums]) -> Tensor:
     """Losses (groups,): sums of micro-batches over how many losses there were."""
-    return torch.stack([total for total, _ in parts]).sum(0) / sum(count for _, count in parts)
+    totals = [total for total, _ in parts]
+    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+    return total / sum(count for _, count in parts)
 
 
 def micro_masks(positions: Any, count: int) -> list[Any]:

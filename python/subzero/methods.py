@@ -140,7 +140,7 @@ class ActivationNoise(_SubZero):
         share = 1.0
         if not self.plan.whole_groups:
             scored = objective.scored(batch)
-            share = span(scored)[1] / scored.shape[1]
+            share = max(1, int(span(scored)[1].max())) / scored.shape[1]
         return 1 + self.optimizer.options.queries * self.noisy * share
 
 

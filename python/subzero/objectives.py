@@ -20,9 +20,9 @@ from .rows import (
     compact,
     labelled_positions,
     last_positions,
-    main_grid,
     next_positions,
     readable,
+    real_tokens,
     scored_positions,
     take,
     token_labels,
@@ -100,7 +100,7 @@ class LogitsLoss:
         """The mask of positions read, bool (examples, tokens)."""
         examples = batch_size(batch)
         chosen = self.positions if positions is None else positions
-        mask = scored_positions(batch, examples, main_grid(batch, examples, 0), chosen)
+        mask = scored_positions(batch, examples, real_tokens(batch, examples), chosen)
         if mask is None:
             raise ValueError(
                 "positions: expected a mask or labels of the tokens with a LogitsLoss that names "
@@ -128,7 +128,7 @@ class LogitsLoss:
         """Losses of a prepared batch at index (examples, P), zeros where entries are not valid."""
         logits = logits_at(model, batch, index, self.token_ids(index.device))
         losses = self.losses(logits, batch, index)
-        return losses.masked_fill(~valid, 0) if losses.shape == valid.shape else losses
+        return torch.where(valid, losses, 0.0) if losses.shape == valid.shape else losses
 
     def losses(self, logits: Tensor, batch: Any, index: Tensor) -> Tensor:
         """fn's losses of logits at ``index`` (examples, P), the positions of this call."""

@@ -21,6 +21,7 @@ from .credit import CreditPlan, make_credit_plan
 from .hooks import attached, eval_mode
 from .hyper import Numbers
 from .losses import Evaluator, Signs
+from .micros import Micro
 from .objectives import LogitsLoss
 from .plan import Plan, make_plan, one_device
 from .queries import ActivationEvaluator
@@ -227,12 +228,9 @@ class SubZero(torch.optim.Optimizer):
                 weights are as before.
         """
         self._read_group()
-        if self.options.activation:
-            loss, finite = self._activation_step(closure, objective, positions)
-        else:
-            evaluate = self._evaluator.bind(closure, objective, positions)
-            self._open_window()
-            loss, finite = self._weight_step(evaluate)
+        evaluate_and_update = self._bind(closure, objective, positions)
+        self._open_window()
+        loss, finite = evaluate_and_update()
         self._count(finite)
         self.steps += 1
         return loss.float()
@@ -349,6 +347,21 @@ class SubZero(torch.optim.Optimizer):
         self._skipped += ~finite
         self._rng[1:].add_(self.options.queries)
 
+    def _bind(
+        self, batch: Any, objective: Any, positions: Any, sizes: Any = None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Check what the user passed, before anything is touched; the call gives loss, finite.
+
+        Args:
+            sizes: what a LogitsLoss reads of each micro-batch at most, where it must not be read
+                from the device.
+        """
+        if self.options.activation:
+            micros = self._queries.bind(batch, objective, positions, sizes)
+            return lambda: self._activation_step(micros, objective)
+        evaluate = self._evaluator.bind(batch, objective, positions, sizes)
+        return lambda: self._weight_step(evaluate)
+
     def _weight_step(self, evaluate: Callable[[Signs], Tensor]) -> tuple[Tensor, Tensor]:
         assert isinstance(self._weights, Weights)
         opts, eps = self.options, self._numbers.hyper.eps
@@ -360,19 +373,18 @@ class SubZero(torch.optim.Optimizer):
             self._update(rho / opts.queries, finite)
         return losses.mean() if opts.two_sided else losses[0], finite
 
-    def _activation_step(self, batch: Any, objective: Any, positions: Any) -> tuple[Tensor, Tensor]:
+    def _activation_step(self, micros: list[Micro], objective: Any) -> tuple[Tensor, Tensor]:
         weights = self._weights
         assert isinstance(weights, ActivationWeights)
-        micros = self._queries.bind(batch, objective, positions)
-        self._open_window()
         with eval_mode(self.model), weights.forgetting():
             weights.begin_step()
             outcome = self._queries.evaluate(micros, objective, self._numbers.hyper.eps, self._rng)
+            if self._rehearsing:
+                outcome = outcome.skipped()
             weights.end_evaluation(outcome.finite, self.window)
-            # form full writes the weights themselves, where adding nothing may change a bit
-            if weights.full is None or bool(outcome.finite):
-                row_weights = weights.space.set_rows(outcome.weight, outcome.ids)
-                self._update(row_weights, outcome.finite)
+            self._update(
+                weights.space.set_rows(outcome.weight, outcome.ids, outcome.finite), outcome.finite
+            )
             weights.end_step()
         return outcome.loss, outcome.finite
 
@@ -386,7 +398,8 @@ class SubZero(torch.optim.Optimizer):
 
     def _update(self, weight: Tensor, finite: Tensor) -> None:
         hyper, rule = self._numbers.hyper, RULES[self.options.rule]
-        if self._numbers.decays or self._capturing:
+        baked = isinstance(self._weights, ActivationWeights) and self._weights.full is not None
+        if self._numbers.decays or (self._capturing and not baked):
             factor = 1 - hyper.lr * hyper.weight_decay
             self._weights.decay_(where(finite, factor, 1.0, torch.float64))
         for name, space in self._weights.spaces():

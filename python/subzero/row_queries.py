@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activation import NoisyRows
 from .credit import CreditPlan, blocks_in_order, first_noisy_block
+from .micros import Micro
 from .objectives import forward_names
-from .rows import Grid, span, take
+from .rows import take
 
 # Queries are decoded as many at a time as keep a chunk below these: rows, and attention scores.
 _CHUNK_ROWS = 8192
@@ -147,6 +149,8 @@ class RowDecoder:
         assert found is not None
         first = first_noisy_block(model, plan)
         self._leading, self._branch = found[1][:first], found[1][first]
+        later: list[Any] = [m for block in found[1][first:] for m in block.modules()]
+        self._layers = {m.layer_idx for m in later if isinstance(getattr(m, "layer_idx", 0.5), int)}
         configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
         configs = [c for c in configs if hasattr(c, "_attn_implementation")]
         self._configs = list({id(c): c for c in configs}.values())
@@ -154,14 +158,19 @@ class RowDecoder:
     # the clean forward
 
     @contextmanager
-    def recording(self, grid: Grid, scored: Tensor) -> Iterator[dict[str, Any]]:
-        """Around the clean forward: what to pass to the model; then ``rows`` decodes on it."""
-        cache = _recorder()
+    def recording(self, micro: Micro) -> Iterator[dict[str, Any]]:
+        """Around the clean forward: what to pass to the model; then queries decode on it."""
+        assert micro.index is not None and micro.extent is not None
+        cache = _recorder(self._layers)
         hidden: list[Tensor] = []
         kind: list[Any] = []
+        self._grid, self._length = micro.grid, micro.extent.length
+        self._first = micro.index[:, 0]
+        at = self._first[:, None] + torch.arange(self._length, device=micro.index.device)
+        self._at = at.clamp(max=micro.grid.real.shape[1] - 1)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            hidden.append(args[0] if args else kwargs["hidden_states"])
+            hidden.append(take(args[0] if args else kwargs["hidden_states"], self._at))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             kind.append(None if isinstance(output, Tensor) else output[1:])
@@ -176,11 +185,7 @@ class RowDecoder:
                 handle.remove()
         self._cache: dict[int, tuple[Tensor, Tensor]] = cache.kept
         self._rest = kind[0] if kind else None
-        self._first, self._length = span(scored)
-        at = self._first[:, None] + torch.arange(self._length, device=scored.device)
-        self._at = at.clamp(max=grid.real.shape[1] - 1)
-        self._hidden = take(hidden[0], self._at)
-        self._grid = grid
+        self._hidden = hidden[0]
         self._attention = self._visible(at)
 
     def _visible(self, at: Tensor) -> _Attention:
@@ -209,10 +214,14 @@ class RowDecoder:
         scores = self.rows * heads * (key.shape[2] + self._length)
         return max(1, min(_CHUNK_ROWS // self.rows, _CHUNK_SCORES // scores))
 
-    def index(self, scored: Tensor) -> Tensor:
-        """Where the scored rows are among the rows of a query, in the order of ``scored``."""
-        example, token = scored.nonzero(as_tuple=True)
-        return example * self._length + token - self._first[example]
+    def noisy_rows(self, micro: Micro) -> NoisyRows:
+        """The scored rows among those of a query, in the order of the micro-batch's entries."""
+        assert micro.index is not None
+        index = None
+        if micro.index.shape[1] > 1 or self._length > 1:
+            start = torch.arange(micro.examples, device=micro.index.device) * self._length
+            index = (start[:, None] + self.within(micro.index)).flatten()
+        return NoisyRows(self.rows, index, micro.ids.flatten(), micro.live.flatten())
 
     def within(self, index: Tensor) -> Tensor:
         """Positions (examples, P) as offsets in the span."""
@@ -271,9 +280,9 @@ class RowDecoder:
         self._attention = None  # type: ignore[assignment]
 
 
-def _recorder() -> Any:
-    """A cache for one forward that keeps every layer's keys and values as they come: not copied,
-    and whole where a layer has a sliding window."""
+def _recorder(layers: set[int]) -> Any:
+    """A cache for one forward that keeps the keys and values of some layers as they come: not
+    copied, and whole where a layer has a sliding window."""
     from transformers import DynamicCache
 
     class Recorder(DynamicCache):
@@ -284,7 +293,8 @@ def _recorder() -> Any:
         def update(  # type: ignore[override]
             self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            self.kept[layer_idx] = key, value
+            if not layers or layer_idx in layers:
+                self.kept[layer_idx] = key, value
             return key, value
 
     return Recorder()

@@ -25,24 +25,27 @@ class Grid:
         example: int64, the sequence's number in the step; micro-batches count on.
         position: int64, real tokens of the sequence in front of the row.
         real: bool, False on padding.
-        first: number of the first example.
+        first: number of the first example, 0-d int64 where packed sequences came before.
         packed: whether a batch row may hold several examples.
     """
 
     example: Tensor
     position: Tensor
     real: Tensor
-    first: int
+    first: int | Tensor
     packed: bool
 
-    @functools.cached_property
-    def sequences(self) -> int:
-        """How many examples there are; with ``packed`` it waits for the device."""
-        if not self.packed:
-            return self.example.shape[0]
-        return int(self.example[-1, -1]) + 1 - self.first
+    @property
+    def last(self) -> Tensor:
+        """Number of the last example, 0-d int64."""
+        return self.example[-1, -1]
 
     @property
+    def next(self) -> int | Tensor:
+        """Number of the first example that comes after these."""
+        return self.last + 1 if self.packed else self.first + self.example.shape[0]
+
+    @functools.cached_property
     def ids(self) -> Tensor:
         """Rows of the RNG contract."""
         return self.example << POSITION_BITS | self.position
@@ -54,7 +57,7 @@ def make_grid(
     device: torch.device,
     mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    first: int = 0,
+    first: int | Tensor = 0,
 ) -> Grid:
     """The grid of a batch of ``rows`` by ``tokens``.
 
@@ -83,10 +86,29 @@ def make_grid(
     return Grid(example + first, position, real, first, packed)
 
 
-def main_grid(batch: Any, examples: int, first: int) -> Grid | None:
+def main_grid(batch: Any, examples: int, first: int | Tensor) -> Grid | None:
     """The grid of the tokens that logits belong to; None where the batch names no token axis."""
-    if not isinstance(batch, Mapping):
+    tokens, mask, positions = _main_axis(batch)
+    if tokens is None:
         return None
+    return make_grid(examples, tokens.shape[1], tokens.device, mask, positions, first)
+
+
+def real_tokens(batch: Any, examples: int) -> Tensor | None:
+    """``main_grid(...).real`` without the rest of it: bool (examples, tokens), or None."""
+    tokens, mask, _ = _main_axis(batch)
+    if tokens is None:
+        return None
+    shape = (examples, tokens.shape[1])
+    if mask is not None and mask.shape == shape:
+        return mask.to(tokens.device, torch.bool)
+    return torch.ones(shape, dtype=torch.bool, device=tokens.device)
+
+
+def _main_axis(batch: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The tokens that logits belong to, their mask and position ids; None where there are none."""
+    if not isinstance(batch, Mapping):
+        return None, None, None
     names = [("input_ids", "attention_mask"), ("inputs_embeds", "attention_mask")]
     if "decoder_input_ids" in batch:
         names = [("decoder_input_ids", "decoder_attention_mask")]
@@ -94,10 +116,8 @@ def main_grid(batch: Any, examples: int, first: int) -> Grid | None:
         tokens = batch.get(name)
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             positions = batch.get("position_ids") if mask == "attention_mask" else None
-            return make_grid(
-                examples, tokens.shape[1], tokens.device, batch.get(mask), positions, first
-            )
-    return None
+            return tokens, batch.get(mask), positions
+    return None, None, None
 
 
 def with_decoder_tokens(model: nn.Module, batch: Any) -> Any:
@@ -114,7 +134,7 @@ def with_decoder_tokens(model: nn.Module, batch: Any) -> Any:
     return {**batch, "decoder_input_ids": labels}
 
 
-def encoder_grid(batch: Any, examples: int, first: int) -> Grid | None:
+def encoder_grid(batch: Any, examples: int, first: int | Tensor) -> Grid | None:
     """The grid of an encoder-decoder's source tokens."""
     if not isinstance(batch, Mapping) or "decoder_input_ids" not in batch:
         return None
@@ -170,23 +190,23 @@ def check_positions(positions: Any, examples: int, tokens: int | None) -> Tensor
 def scored_positions(
     batch: Any,
     examples: int,
-    grid: Grid | None,
+    real: Tensor | None,
     positions: Tensor | Callable[[Any], Tensor] | None,
 ) -> Tensor | None:
     """The mask (examples, tokens) the loss reads: as given, else from labels; None: not known.
 
-    Padding is never scored. A mask on a device is not read: one without any position gives no
-    loss, and the step is skipped.
+    Padding, where ``real`` (examples, tokens) is False, is never scored. A mask on a device is not
+    read: one without any position gives no loss, and the step is skipped.
     """
     given = positions(batch) if callable(positions) else positions
     if given is None:
         mask = labelled_positions(batch)
     else:
-        mask = check_positions(given, examples, None if grid is None else grid.real.shape[1])
+        mask = check_positions(given, examples, None if real is None else real.shape[1])
     if mask is None:
         return None
-    if grid is not None:
-        mask = mask.to(grid.real.device) & grid.real
+    if real is not None:
+        mask = mask.to(real.device) & real
     if readable(mask):
         require_scored(mask)
     return mask
@@ -210,10 +230,11 @@ def last_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """The last real token of each example, bool (examples, tokens)."""
     ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
     mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
-    real = torch.ones_like(ids) if mask is None else mask
-    order = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    last = (real * order).argmax(1, keepdim=True)
-    return torch.zeros_like(ids, dtype=torch.bool).scatter_(1, last, True)
+    order = torch.arange(ids.shape[1], device=ids.device)
+    if mask is None:
+        return (order == ids.shape[1] - 1).expand(ids.shape)
+    last = (mask * (order + 1)).argmax(1, keepdim=True)
+    return order == last
 
 
 def next_positions(batch: Mapping[str, Tensor]) -> Tensor:
@@ -238,6 +259,8 @@ def compact(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         index (rows, P) int64 and valid (rows, P) bool, P the largest count of a row; entries that
         are not valid point at the row's first one (at 0 in a row without any).
     """
+    if width == 1:
+        return mask.to(torch.int8).argmax(1, keepdim=True), mask.any(1, keepdim=True)
     count = mask.sum(1)
     if width is None:
         width = int(count.max())
@@ -246,15 +269,19 @@ def compact(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     return torch.where(valid, index, index[:, :1] * (count[:, None] > 0)), valid
 
 
-def span(mask: Tensor) -> tuple[Tensor, int]:
-    """First true entry of each row (rows,), and the largest distance to a row's last, plus one."""
+def span(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """First true entry of each row, and the distance from it to the last plus one: (rows,) both.
+
+    A row without any gives its last index and a length below one.
+    """
     tokens = mask.shape[1]
     order = torch.arange(tokens, device=mask.device)
-    first = torch.where(mask, order, tokens - 1).min(1).values
-    last = torch.where(mask, order, -1).max(1).values
-    return first, max(1, int((last - first).max()) + 1)
+    first = torch.where(mask, order, tokens - 1).amin(1)
+    last = torch.where(mask, order, -1).amax(1)
+    return first, last - first + 1
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """tensor (rows, tokens, ...) at index (rows, P): (rows, P, ...)."""
-    return tensor[torch.arange(len(index), device=index.device)[:, None], index]
+    tail = tensor.shape[2:]
+    return tensor.gather(1, index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail))

@@ -85,18 +85,13 @@ def muon(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor
     buffer.mul_(where(finite, h.momentum, 1.0, buffer.dtype))
     space.add_noise_(buffer, (1 - h.momentum) * weight, rng)
     lr = where(finite, 0.2 * h.lr, 0.0, buffer.dtype)
-    views = space.views(buffer)
     for members in _stacks(space.shapes):
+        x = space.stack(buffer, members)
         if not space.width(members[0]):
-            parts = [
-                (i, views[i] / views[i].square().mean().sqrt().clamp_min(1e-30)) for i in members
-            ]
-            space.subtract_at_([(i, lr * part) for i, part in parts])
+            rms = x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+            space.subtract_stack_(members, x / rms, lr.expand(len(members)))
             continue
-        x = orthogonalised(torch.stack([views[i] for i in members]))
-        space.subtract_at_(
-            [(i, lr * math.sqrt(space.width(i)) * part) for i, part in zip(members, x, strict=True)]
-        )
+        space.subtract_stack_(members, orthogonalised(x), lr * space.roots(members))
     space.finish()
 
 
@@ -110,7 +105,7 @@ def orthogonalised(m: Tensor) -> Tensor:
     x = x.mT if tall else x
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 

@@ -32,6 +32,8 @@ class Space(ABC):
         self.shapes = list(shapes)
         self.dtype = dtype
         self.value = self.allocate()
+        roots = [math.sqrt(self.width(i)) for i in range(len(self.entries))]
+        self._roots = torch.tensor(roots, dtype=dtype, device=self.value.device)
 
     def allocate(self) -> Tensor:
         """What is trained, zero at first."""
@@ -71,14 +73,39 @@ class Space(ABC):
         """value -= flat."""
         self.value.sub_(flat)
 
-    def subtract_at_(self, changes: Sequence[tuple[int, Tensor]]) -> None:
-        """value -= change for some parameters; ``finish`` follows the last of a step."""
+    def roots(self, members: Sequence[int]) -> Tensor:
+        """sqrt(width) of some parameters, (members,), on the device."""
+        if _neighbours(members):
+            return self._roots[members[0] : members[-1] + 1]
+        return torch.stack([self._roots[i] for i in members])
+
+    def stack(self, flat: Tensor, members: Sequence[int]) -> Tensor:
+        """(members, *shape) of parameters of one shape; a view where they are neighbours."""
+        first, count, shape = members[0], len(members), self.shapes[members[0]]
+        if _neighbours(members):
+            start, size = sum(map(math.prod, self.shapes[:first])), math.prod(shape)
+            return flat[start : start + count * size].view(count, *shape)
+        views = self.views(flat)
+        return torch.stack([views[i] for i in members])
+
+    def subtract_stack_(self, members: Sequence[int], x: Tensor, factor: Tensor) -> None:
+        """value_i -= factor_i x_i; x (members, *shape), factor (members,).
+
+        ``finish`` follows the last of a step.
+        """
+        factor = factor.view(-1, *[1] * (x.dim() - 1))
+        if _neighbours(members):
+            self.stack(self.value, members).addcmul_(x, factor, value=-1)
+            return
         views = self.views(self.value)
-        for i, change in changes:
-            views[i].sub_(change)
+        torch._foreach_sub_([views[i] for i in members], list((factor * x).unbind()))
 
     def finish(self) -> None:  # noqa: B027 - most spaces have nothing to finish
         """The step's changes are all made."""
+
+
+def _neighbours(members: Sequence[int]) -> bool:
+    return list(members) == list(range(members[0], members[0] + len(members)))
 
 
 class CoreSpace(Space):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,14 +50,23 @@ class TrainedWeights(ABC):
     def folds(self, count: int) -> None:
         self.fold_rng[1:].fill_(count)
 
+    @property
+    def ready(self) -> bool:
+        """Whether a step reads no value from the device."""
+        return True
+
+    def as_ready(self) -> AbstractContextManager[None]:
+        """Around a capture: whatever the first steps make is there."""
+        return nullcontext()
+
     def stepped(self, decays: bool) -> None:
         """A step was made, or replayed, which decayed the weights or not."""
         self.changed = True
         self.decayed |= decays
 
-    def folded(self) -> None:
-        """One more fold."""
-        self.fold_rng[1:].add_(1)
+    def folded(self, counts: Tensor | int = 1) -> None:
+        """One more fold; none where ``counts`` (0-d bool) is False."""
+        self.fold_rng[1:].add_(counts)
 
     @abstractmethod
     def spaces(self) -> Iterator[tuple[str, Space]]:

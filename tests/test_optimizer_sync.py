@@ -141,3 +141,44 @@ def test_a_read_would_be_seen() -> None:
     some = LogitsLoss(lambda x, b: x.sum((1, 2)), b["attention_mask"].bool())
     with NoHost(), pytest.raises((RuntimeError, AssertionError)):
         opt.step(b, some)
+
+
+# activation noise
+
+
+def activation(model: nn.Module, form: str, **options: Any) -> SubZero:
+    """An optimizer after its first step: bases are known, and whether queries cost a row."""
+    opt = SubZero(
+        model, noise="activation", form=form, rank=4, queries=3, refresh_every=100, **options
+    )
+    if form != "full":
+        taps = opt._weights.taps
+        opt._weights._set_bases([tap.credit.param.new_zeros(tap.credit.n, 4) for tap in taps])
+        opt._weights._seen_rows()
+    opt._weights._met_checked = True
+    opt._queries._tried = {False, True}
+    return opt
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "norm", "muon"])
+@pytest.mark.parametrize("form", ["core", "right", "full"])
+def test_activation_noise_does_not_wait(form: str, rule: str) -> None:
+    model, b = on_meta("llama")
+    b["labels"] = torch.zeros(3, dtype=torch.long, device="meta")
+    opt = activation(model, form, rule=rule, weight_decay=0.1)
+    with stepping(opt):
+        for _ in range(2):
+            opt.step([b, b], label_words([5, 7]))
+    assert opt._queries.decodes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("where", ["loss", "all"])
+def test_activation_noise_of_whole_groups_does_not_wait(where: str, name: str) -> None:
+    """A plain objective, and token losses: none tells how many positions it reads."""
+    model, b = on_meta(name)
+    opt = activation(model, "core", rule="muon", where=where, discount=0.5)
+    with stepping(opt):
+        opt.step(b, per_example(model), b["attention_mask"])
+        b["labels"] = b["input_ids"]
+        opt.step(b, token_losses(model))

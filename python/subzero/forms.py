@@ -10,6 +10,7 @@ layout, weighed row by row; rules (rules.py) need nothing else.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,13 +39,16 @@ class CreditSpace(Space):
         self.taps = list(taps)
         credits = [tap.credit for tap in self.taps]
         super().__init__(credits, [c.shape for c in credits], dtype)
-        self.scale = self.value.new_ones(())
-        if self.value.numel():
-            sizes = torch.tensor([math.prod(c.shape) for c in credits], device=self.value.device)
-            units = self.value.new_tensor([_change_per_weight(c) for c in credits])
-            self.scale = units.repeat_interleave(sizes)
+        device = self.value.device
+        self._sizes = torch.tensor([math.prod(c.shape) for c in credits], device=device)
+        self._units = self.value.new_tensor([_change_per_weight(c) for c in credits])
         self._rows: dict[str, tuple[slice, Tensor]] = {}
         self.finite = torch.ones((), dtype=torch.bool, device=self.value.device)
+
+    @functools.cached_property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """What makes a state's entry of 1 a change of 1 per weight; as large as the state."""
+        return self._units.repeat_interleave(self._sizes, output_size=self.size)
 
     def set_rows(self, weight: RowWeights, ids: RowWeights, finite: Tensor) -> Tensor:
         """Lay out a step's rows: (K, rows), what rules then multiply."""
@@ -93,6 +97,11 @@ class FullSpace(CreditSpace):
         self.weights = weights
         super().__init__(taps, dtype)
         self.decay: Tensor | None = None
+
+    @functools.cached_property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """A weight is its own unit."""
+        return self.value.new_ones(())
 
     def allocate(self) -> Tensor:
         """No second copy of the weights: ``value`` stays empty."""
@@ -154,6 +163,8 @@ class FullSpace(CreditSpace):
 
 def _change_per_weight(credit: Credit) -> float:
     """The factor that makes a state's entry of 1 a root-mean-square change of 1 per weight."""
+    if credit.form == "full":
+        return 1.0
     if credit.form == "core":
         return math.sqrt(credit.m * credit.n) / credit.rank
     return math.sqrt(credit.n / credit.rank)

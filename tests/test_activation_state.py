@@ -295,3 +295,20 @@ def test_a_foreign_state_changes_nothing(change: Any, message: str) -> None:
         opt.load_state_dict(state)
     same(everything(opt), before)
     step(opt)
+
+
+def test_bases_of_very_many_rows_take_some_of_them() -> None:
+    """16 r of them in even steps: the decomposition of all would take minutes."""
+    model = build("llama", dtype=torch.float64)
+    opt = SubZero(model, **{**BASE, "form": "right", "rank": 2, "where": "all"})
+    rows: list[Tensor] = []
+    module = model.model.layers[1].mlp.down_proj
+    handle = module.register_forward_hook(lambda m, args, y: rows.append(args[0].flatten(0, 1)))
+    ids = torch.randint(0, 96, (5, 20), generator=torch.Generator().manual_seed(4))
+    opt.bases_from({"input_ids": ids, "labels": torch.zeros(5, dtype=torch.long)},
+                   label_words(WORDS))  # fmt: skip
+    handle.remove()
+    tap = next(t for t in opt._weights.taps if t.credit.name.endswith("1.mlp.down_proj.weight"))
+    units = rows[0] / rows[0].norm(dim=1, keepdim=True)
+    wanted = singular(units[::4], 2)  # 100 rows, at most 32
+    torch.testing.assert_close(tap.basis @ tap.basis.T, wanted @ wanted.T)

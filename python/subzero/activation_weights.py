@@ -29,6 +29,9 @@ from .side_path import LowRank
 from .spaces import Space
 from .trained import TrainedWeights
 
+# V is made of at most so many times r rows: a decomposition grows with their number's cube.
+_ALIGNED_ROWS = 16
+
 
 class ActivationWeights(TrainedWeights):
     """State, bases and taps of every credited weight."""
@@ -226,10 +229,14 @@ class ActivationWeights(TrainedWeights):
             )
 
     def align_kept(self, window: int) -> None:
-        """V from the rows kept since the step began, as they are: not projected."""
+        """V from the rows kept since the step began, not projected; of many, some in even steps."""
+        if self.full is not None:
+            return
         for tap in self.taps:
             tap.basis = None
-        self.align([_joined(tap.kept, tap) for tap in self.taps], window)
+        every = [_joined(tap.kept, tap) for tap in self.taps]
+        most = _ALIGNED_ROWS * self.taps[0].credit.rank
+        self.align([rows[:: max(1, -(-len(rows) // most))] for rows in every], window)
 
     def end_step(self) -> None:
         """The update is made."""

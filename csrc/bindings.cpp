@@ -154,7 +154,7 @@ void bind_structs(py::module_& m) {
   py::class_<LowRankLinear>(m, "LowRankLinear")
       .def(py::init([](const Matrix& x, const Matrix& w, uintptr_t bias, Dtype bias_dtype,
                        int64_t bias_groups, const Matrix& u, const Matrix& v, uintptr_t core,
-                       int64_t groups, uintptr_t h, uintptr_t y) {
+                       int64_t groups, uintptr_t scratch, uintptr_t y) {
              return LowRankLinear{x,
                                   w,
                                   pointer<void>(bias),
@@ -164,12 +164,12 @@ void bind_structs(py::module_& m) {
                                   v,
                                   pointer<float>(core),
                                   groups,
-                                  pointer<void>(h),
+                                  pointer<void>(scratch),
                                   pointer<void>(y)};
            }),
            py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("bias_dtype"),
            py::arg("bias_groups"), py::arg("u"), py::arg("v"), py::arg("core"), py::arg("groups"),
-           py::arg("h"), py::arg("y"));
+           py::arg("scratch"), py::arg("y"));
 }
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -395,10 +395,12 @@ void bind_cuda(py::module_ m) {
       NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"));
   m.def(
       "lowrank_linear",
-      [](const LowRankLinear& args, const Launch& launch, int tiles) {
-        check(cuda::lowrank_linear(args, launch, tiles), "lowrank_linear", shapes(args));
+      [](const LowRankLinear& args, const Launch& launch, int choice) {
+        check(cuda::lowrank_linear(args, launch, choice), "lowrank_linear", shapes(args));
       },
-      NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"), py::arg("tiles") = -1);
+      NoGil(), py::kw_only(), py::arg("args"), py::arg("launch"), py::arg("choice") = -1);
+  m.def("lowrank_linear_scratch_bytes", &cuda::lowrank_linear_scratch_bytes, py::kw_only(),
+        py::arg("rows"), py::arg("rank"), py::arg("groups"));
   m.def(
       "noise_outer_sum",
       [](uintptr_t sum, const Queries& queries, int64_t weight_stride, uintptr_t row, int64_t rows,

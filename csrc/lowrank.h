@@ -163,7 +163,7 @@ struct LowRankLinear {
   Matrix v;            // (n, r)
   const float* core;   // (groups, r, r)
   int64_t groups;
-  void* h;             // (groups rows, r), scratch
+  void* scratch;       // lowrank_linear_scratch_bytes of it, at a multiple of 16 bytes
   void* y;             // (groups rows, m), contiguous
 };
 
@@ -233,8 +233,9 @@ int64_t noise_outer_scratch_bytes(const NoiseOuter& args);
 Status noise_outer_sum(const NoiseOuterSum& args, const Launch& launch);
 // Ranks up to 128.
 Status lowrank_embedding(const LowRankEmbedding& args, const Launch& launch);
-// `shape`: of the tiles, -1: the one that should be fastest. Hopper only.
-Status lowrank_linear(const LowRankLinear& args, const Launch& launch, int shape = -1);
+// Hopper only. `choice`: how it is cut, -1: as should be fastest.
+Status lowrank_linear(const LowRankLinear& args, const Launch& launch, int choice = -1);
+int64_t lowrank_linear_scratch_bytes(int64_t rows, int64_t rank, int64_t groups);
 
 }  // namespace cuda
 

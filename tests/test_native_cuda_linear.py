@@ -1,4 +1,4 @@
-"""lowrank_linear's kernels for Hopper, each choice of tiles, against float64."""
+"""lowrank_linear's kernels for Hopper, each choice of how to cut, against float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from subzero_kernels.backends import _native_args as args  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
-TILES = range(4)
+CHOICES = range(8)  # four kinds of tiles, each with h from before and made inside
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +27,16 @@ def _needs_the_kernels() -> None:
         pytest.skip("the kernels are for Hopper and were not built or this is another GPU")
 
 
-def run(x, w, bias, u, v, core, tiles: int = -1) -> torch.Tensor:
+def run(x, w, bias, u, v, core, choice: int = -1) -> torch.Tensor:
     """The native call alone, whatever the backend would choose."""
-    h = torch.full((x.shape[0], u.shape[1]), float("nan"), dtype=x.dtype, device="cuda")
+    call = args.require().cuda
+    size = call.lowrank_linear_scratch_bytes(rows=x.shape[0], rank=u.shape[1], groups=core.shape[0])
+    scratch = torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # NaN of 16 bits
     y = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
-    args.require().cuda.lowrank_linear(
-        args=args.lowrank_linear(x, w, bias, u, v, core, h, y), launch=cuda._launch(w), tiles=tiles
+    call.lowrank_linear(
+        args=args.lowrank_linear(x, w, bias, u, v, core, scratch, y),
+        launch=cuda._launch(w),
+        choice=choice,
     )
     return y
 
@@ -74,36 +78,37 @@ SHAPES = [  # rows, m, n, rank, groups
 ]
 
 
-@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "m", "n", "rank", "groups"), SHAPES)
-def test_values(rows, m, n, rank, groups, dtype, tiles):
+def test_values(rows, m, n, rank, groups, dtype, choice):
     data = case(rows, m, n, rank, groups, dtype, "fp32 per group")
-    assert_exact(run(*data, tiles=tiles), *data)
+    assert_exact(run(*data, choice=choice), *data)
 
 
-@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", ["none", "own", "fp32", "own per group"])
-def test_bias(bias, dtype, tiles):
+def test_bias(bias, dtype, choice):
     data = case(832, 200, 136, 16, 2, dtype, bias)
-    assert_exact(run(*data, tiles=tiles), *data)
+    assert_exact(run(*data, choice=choice), *data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tiles_one_after_another(dtype):
     """More tiles than multiprocessors: a block reuses its ring, its sums and its bias."""
     data = case(5000, 3000, 200, 64, 4, dtype, "fp32 per group")
-    for tiles in TILES:
-        assert_exact(run(*data, tiles=tiles), *data)
+    for choice in CHOICES:
+        assert_exact(run(*data, choice=choice), *data)
 
 
-def test_two_runs_and_all_tiles_agree():
-    """Tiles change where a sum is made, not its order along k."""
+def test_two_runs_and_all_choices_agree():
+    """Tiles change where a sum is made, not its order along k; h is made in parts or at once."""
     data = case(1024, 2048, 1536, 64, 2, torch.bfloat16, "own")
-    first = run(*data, tiles=0)
-    for tiles in TILES:
-        assert torch.equal(run(*data, tiles=tiles), first)
+    for kind in (CHOICES[:4], CHOICES[4:]):
+        first = run(*data, choice=kind[0])
+        for choice in (*kind, *kind):
+            assert torch.equal(run(*data, choice=choice), first)
 
 
 def test_the_core_is_not_rounded_to_16_bits():

@@ -54,6 +54,28 @@ __device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// What other blocks wrote through registers is there for TMA, and the other way round.
+__device__ __forceinline__ void order_copies() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// Has the cache fetch what will be read soon.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// ---- counters in global memory, for blocks that wait for each other
+
+__device__ __forceinline__ void count_up(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_until(const int* counter, int count) {
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  } while (value < count);
+}
+
 // ---- clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -89,10 +111,6 @@ __device__ __forceinline__ void load_box_to(uint16_t blocks, uint32_t to, const 
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // ---- registers: what the warps that copy leave, those that compute take

@@ -46,6 +46,13 @@ bool map_tiles(CUtensorMap& map, const Matrix& matrix, int box_rows) {
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+constexpr char kNoMaps[] = "the driver makes no tensor maps of these layouts";
+
+// Of h, to the next multiple of 16.
+int64_t inner_bytes(int64_t rows, int64_t rank) {
+  return (rows * rank * 2 + 15) / 16 * 16;
+}
+
 int ceil_div(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
 }
@@ -60,17 +67,40 @@ void set_attributes(cudaLaunchAttribute (&attributes)[2], unsigned blocks) {
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
 }
 
+// Lets a kernel take this much shared memory, and other kernels' blocks beside its own.
+template <class Kernel>
+cudaError_t allow_memory(Kernel kernel, int shared) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
+}
+
+cudaLaunchConfig_t config_of(dim3 grid, int threads, int shared, cudaLaunchAttribute* attributes,
+                             int count, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return config;
+}
+
+// ---- h in a kernel of its own
+
 template <int kRank, bool kHalf>
 Status launch_inner(const LowRankLinear& args, int multiprocessors, cudaStream_t stream) {
   using Shape = InnerShape<kRank>;
   CUtensorMap x_map, v_map;
   if (!map_tiles(x_map, args.x, Shape::kRows) || !map_tiles(v_map, args.v, Shape::kDepth))
-    return failure("the driver makes no tensor maps of these layouts");
+    return failure(kNoMaps);
   const auto kernel = lowrank_linear_inner_kernel<Shape, kHalf>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
+  const cudaError_t error = allow_memory(kernel, Shape::kShared);
   if (error != cudaSuccess) return status_of(error);
-  const LinearInner inner{args.core, args.h, args.x.rows / args.groups,
+  const LinearInner inner{args.core, args.scratch, args.x.rows / args.groups,
                           ceil_div(args.x.columns, Shape::kDepth),
                           static_cast<int>(args.u.columns)};
   const int tiles = ceil_div(inner.group_rows, Shape::kRows);
@@ -78,13 +108,9 @@ Status launch_inner(const LowRankLinear& args, int multiprocessors, cudaStream_t
   while (splits < 8 && tiles * args.groups * splits <= multiprocessors) splits *= 2;
   cudaLaunchAttribute attributes[2];
   set_attributes(attributes, splits);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(splits, tiles, static_cast<unsigned>(args.groups));
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kShared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  const dim3 grid(splits, tiles, static_cast<unsigned>(args.groups));
+  const cudaLaunchConfig_t config =
+      config_of(grid, Shape::kThreads, Shape::kShared, attributes, 2, stream);
   return status_of(cudaLaunchKernelEx(&config, kernel, x_map, v_map, inner));
 }
 
@@ -95,80 +121,121 @@ Status launch_inner_of_rank(const LowRankLinear& args, int multiprocessors, cuda
   return launch_inner<256, kHalf>(args, multiprocessors, stream);
 }
 
-template <class Shape, bool kHalf>
-Status launch_linear(const LowRankLinear& args, int multiprocessors, cudaStream_t stream) {
-  const int64_t rank = args.u.columns;
-  const Matrix h{args.h, args.x.rows, rank, rank, args.x.dtype};
-  CUtensorMap x_map, w_map, h_map, u_map;
-  if (!map_tiles(x_map, args.x, Shape::kRows) || !map_tiles(w_map, args.w, Shape::kColumns / 2) ||
-      !map_tiles(h_map, h, Shape::kRows) || !map_tiles(u_map, args.u, Shape::kColumns / 2))
-    return failure("the driver makes no tensor maps of these layouts");
-  const auto kernel = lowrank_linear_kernel<Shape, kHalf>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
-  if (error != cudaSuccess) return status_of(error);
+// ---- y
+
+template <class Shape>
+LinearTiles tiles_of(const LowRankLinear& args, bool inside) {
   const int rows = static_cast<int>(args.x.rows);
-  const int group_rows = args.bias_groups > 1 ? rows / static_cast<int>(args.bias_groups) : rows;
+  const int64_t groups = inside ? args.groups : args.bias_groups;
   LinearTiles tiles;
-  tiles.group_blocks = ceil_div(group_rows, Shape::kRows);
-  tiles.row_blocks = rows / group_rows * tiles.group_blocks;
+  tiles.group_rows = rows / static_cast<int>(groups);
+  tiles.group_blocks = ceil_div(tiles.group_rows, Shape::kRows);
+  tiles.row_blocks = static_cast<int>(groups) * tiles.group_blocks;
   tiles.row_clusters = ceil_div(tiles.row_blocks, Shape::kCluster);
   tiles.columns = ceil_div(args.w.rows, Shape::kColumns);
   tiles.steps = ceil_div(args.x.columns, Shape::kDepth);
-  tiles.rank = static_cast<int>(rank);
-  const LinearOut y{args.y, rows, static_cast<int>(args.w.rows)};
-  const LinearBias bias{args.bias, args.bias_dtype == Dtype::float32, group_rows};
-  cudaLaunchAttribute attributes[2];
-  set_attributes(attributes, Shape::kCluster);
-  cudaLaunchConfig_t config{};
-  const int clusters =
-      std::min(tiles.row_clusters * tiles.columns, multiprocessors / Shape::kCluster);
-  config.gridDim = dim3(clusters * Shape::kCluster);
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kShared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return status_of(cudaLaunchKernelEx(&config, kernel, x_map, w_map, h_map, u_map, tiles, y, bias));
+  tiles.rank = static_cast<int>(args.u.columns);
+  return tiles;
 }
 
-// The time of a call in tiles' own unit: how many one after another, by what one takes.
+template <class Shape, bool kHalf, bool kInside>
+Status launch_product(const LowRankLinear& args, int multiprocessors, cudaStream_t stream) {
+  const int64_t rank = args.u.columns, h_bytes = inner_bytes(args.x.rows, rank);
+  const Matrix h{args.scratch, args.x.rows, rank, rank, args.x.dtype};
+  LinearMaps maps;
+  if (!map_tiles(maps.x, args.x, Shape::kRows) || !map_tiles(maps.w, args.w, Shape::kColumns / 2) ||
+      !map_tiles(maps.h, h, Shape::kRows) || !map_tiles(maps.u, args.u, Shape::kColumns / 2) ||
+      !map_tiles(maps.v, args.v, Shape::kDepth / 2))
+    return failure(kNoMaps);
+  const auto kernel = lowrank_linear_kernel<Shape, kHalf, kInside>;
+  cudaError_t error = allow_memory(kernel, Shape::kShared);
+  if (error != cudaSuccess) return status_of(error);
+  const LinearTiles tiles = tiles_of<Shape>(args, kInside);
+  const LinearOut y{args.y, static_cast<int>(args.x.rows), static_cast<int>(args.w.rows)};
+  const LinearBias bias{args.bias, args.bias_dtype == Dtype::float32, args.bias_groups > 1};
+  int* const ready = reinterpret_cast<int*>(static_cast<char*>(args.scratch) + h_bytes);
+  if (kInside) {
+    error = cudaMemsetAsync(ready, 0, tiles.row_blocks * sizeof(int), stream);
+    if (error != cudaSuccess) return status_of(error);
+  }
+  const int clusters =
+      std::min(tiles.row_clusters * (tiles.columns + kInside), multiprocessors / Shape::kCluster);
+  cudaLaunchAttribute attributes[2];
+  set_attributes(attributes, Shape::kCluster);
+  const cudaLaunchConfig_t config = config_of(dim3(clusters * Shape::kCluster), Shape::kThreads,
+                                              Shape::kShared, attributes, kInside ? 1 : 2, stream);
+  return status_of(cudaLaunchKernelEx(&config, kernel, maps, tiles, y, bias,
+                                      LinearInside{args.core, args.scratch, ready}));
+}
+
+template <class Shape, bool kHalf>
+Status launch(const LowRankLinear& args, bool inside, int multiprocessors, cudaStream_t stream) {
+  if (inside) return launch_product<Shape, kHalf, true>(args, multiprocessors, stream);
+  const Status status = launch_inner_of_rank<kHalf>(args, multiprocessors, stream);
+  return status.ok ? launch_product<Shape, kHalf, false>(args, multiprocessors, stream) : status;
+}
+
+// ---- the choice
+
+// Microseconds that a call takes, about: what an H100 took for 1,024 to 8,192 rows and layers 1,024
+// to 20,480 wide, which it tells apart.
 template <class Shape>
-double cost(const LowRankLinear& args, int multiprocessors) {
-  const int64_t tiles = int64_t{ceil_div(args.x.rows, Shape::kRows * Shape::kCluster)} *
-                        ceil_div(args.w.rows, Shape::kColumns);
-  const int64_t waves = (tiles * Shape::kCluster + multiprocessors - 1) / multiprocessors;
-  // Products, and what does not shrink with the tile: filling the ring, writing the sums.
-  const double depth = static_cast<double>(args.x.columns);
-  return static_cast<double>(waves) * (Shape::kRows * Shape::kColumns * (depth + 96) + 32e6);
+double estimate(const LowRankLinear& args, bool inside, int multiprocessors) {
+  const LinearTiles tiles = tiles_of<Shape>(args, inside);
+  const int64_t count = int64_t{tiles.row_clusters} * (tiles.columns + inside);
+  const int waves = ceil_div(count * Shape::kCluster, multiprocessors);
+  const double depth = static_cast<double>(args.x.columns) + 64;
+  const double products = depth * Shape::kRows * Shape::kColumns / (Shape::kSmall ? 2.4e6 : 2.8e6);
+  const double bytes = static_cast<double>(args.x.rows) * args.x.columns * 2;
+  // The kernel of h runs beside the product where that leaves multiprocessors free.
+  const bool beside = count * Shape::kCluster < multiprocessors * 3 / 4;
+  const double before = inside ? 6 : (9 + bytes / 2.7e6) * (beside ? 0.4 : 1);
+  return before + waves * (products + 1.5);
 }
 
 using Tall128 = LinearShape<2, 128>;
 using Tall160 = LinearShape<2, 160>;
 using Low128 = LinearShape<1, 128>;
 using Low256 = LinearShape<1, 256>;
+constexpr int kShapes = 4;
 
 template <bool kHalf>
-Status launch_best(const LowRankLinear& args, int multiprocessors, cudaStream_t stream, int shape) {
-  const double costs[] = {cost<Tall128>(args, multiprocessors),
-                          cost<Tall160>(args, multiprocessors), cost<Low128>(args, multiprocessors),
-                          cost<Low256>(args, multiprocessors)};
-  if (shape < 0) shape = static_cast<int>(std::min_element(costs, costs + 4) - costs);
-  switch (shape) {
+Status launch_best(const LowRankLinear& args, int choice, int multiprocessors,
+                   cudaStream_t stream) {
+  const bool fits = args.u.columns <= Tall128::kInner;
+  if (choice < 0) {
+    const double times[2 * kShapes] = {
+        estimate<Tall128>(args, false, multiprocessors),
+        estimate<Tall160>(args, false, multiprocessors),
+        estimate<Low128>(args, false, multiprocessors),
+        estimate<Low256>(args, false, multiprocessors),
+        estimate<Tall128>(args, true, multiprocessors),
+        estimate<Tall160>(args, true, multiprocessors),
+        estimate<Low128>(args, true, multiprocessors),
+        estimate<Low256>(args, true, multiprocessors),
+    };
+    choice = static_cast<int>(std::min_element(times, times + (fits ? 2 : 1) * kShapes) - times);
+  }
+  const bool inside = choice >= kShapes && fits;
+  switch (choice % kShapes) {
     case 0:
-      return launch_linear<Tall128, kHalf>(args, multiprocessors, stream);
+      return launch<Tall128, kHalf>(args, inside, multiprocessors, stream);
     case 1:
-      return launch_linear<Tall160, kHalf>(args, multiprocessors, stream);
+      return launch<Tall160, kHalf>(args, inside, multiprocessors, stream);
     case 2:
-      return launch_linear<Low128, kHalf>(args, multiprocessors, stream);
+      return launch<Low128, kHalf>(args, inside, multiprocessors, stream);
     default:
-      return launch_linear<Low256, kHalf>(args, multiprocessors, stream);
+      return launch<Low256, kHalf>(args, inside, multiprocessors, stream);
   }
 }
 
 }  // namespace
 
-Status lowrank_linear(const LowRankLinear& args, const Launch& launch, int shape) {
+int64_t lowrank_linear_scratch_bytes(int64_t rows, int64_t rank, int64_t groups) {
+  return inner_bytes(rows, rank) + (rows / Low128::kRows + groups) * sizeof(int);
+}
+
+Status lowrank_linear(const LowRankLinear& args, const Launch& launch, int choice) {
   if (args.x.rows * args.w.rows == 0) return Status{};
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
@@ -177,12 +244,8 @@ Status lowrank_linear(const LowRankLinear& args, const Launch& launch, int shape
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device);
   if (error != cudaSuccess) return status_of(error);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const bool half = args.x.dtype == Dtype::float16;
-  const Status inner = half ? launch_inner_of_rank<true>(args, multiprocessors, stream)
-                            : launch_inner_of_rank<false>(args, multiprocessors, stream);
-  if (!inner.ok) return inner;
-  return half ? launch_best<true>(args, multiprocessors, stream, shape)
-              : launch_best<false>(args, multiprocessors, stream, shape);
+  return args.x.dtype == Dtype::float16 ? launch_best<true>(args, choice, multiprocessors, stream)
+                                        : launch_best<false>(args, choice, multiprocessors, stream);
 }
 
 }  // namespace subzero::cuda

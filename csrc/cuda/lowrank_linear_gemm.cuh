@@ -1,154 +1,175 @@
 // y = x W^T + h U^T + b on Hopper: one product whose k runs over x's columns and then over h's, so
 // that y is rounded once and never read.
 //
-// A thread block has 128 kBlocks rows and kColumns columns of y at a time: one warp copies tiles of
-// x and W (then of h and U) into a ring of kStages by TMA, two warpgroups multiply them (wgmma) and
-// write the sums. Two blocks of a cluster have the rows below each other: each copies half of the
-// tile of W, to both. Blocks are as many as the GPU has multiprocessors and take tile after tile.
+// A thread block has a tile of y at a time: one warp copies tiles of x and W (then of h and U) into
+// a ring by TMA, two warpgroups multiply them (wgmma) and write the sums. Two blocks of a cluster
+// have the rows below each other: each copies half of the tile of W, to both. There are as many
+// blocks as multiprocessors and they take tile after tile.
+//
+// With kInside the first tiles are those of h = (x V) C_g^T, as if V^T were more rows of W; what
+// needs h waits for it at the end of its k. Without, h comes from the kernel before.
 #pragma once
 
 #include "hopper.cuh"
 #include "instructions.cuh"
 #include "launch.cuh"
+#include "lowrank_linear_tiles.cuh"
 #include "mma.cuh"
 
 namespace subzero::cuda {
 
-struct LinearTiles {
-  int row_blocks;    // rows of y in tiles
-  int group_blocks;  // of one group: no tile has rows of two
-  int row_clusters;  // rows of y in tiles of a cluster
-  int columns;       // columns of y in tiles
-  int steps;         // of kDepth along x's columns
-  int rank;
+struct LinearMaps {
+  CUtensorMap x, w, h, u, v;
 };
 
-// What is added to y: the bias, one row for each group of rows, or none.
-struct LinearBias {
-  const void* data;
-  bool single;     // fp32, else as y
-  int group_rows;  // rows of y that share one; all of them: one bias
-};
-
-// Rows and columns of y, contiguous.
-struct LinearOut {
-  void* data;
-  int rows;
-  int columns;
-};
-
-template <int kBlocksOf64, int kColumnsOfTile>
-struct LinearShape {
-  static constexpr int kBlocks = kBlocksOf64;  // of 64 rows, for each of the two warpgroups
-  static constexpr int kColumns = kColumnsOfTile;
-  static constexpr int kRows = 128 * kBlocks;
-  static constexpr int kDepth = 64;
-  static constexpr int kCluster = 2;
-  static constexpr int kThreads = 384;
-  static constexpr int kBytesA = kRows * kDepth * 2;
-  static constexpr int kBytesB = kColumns * kDepth * 2;
-  static constexpr int kStage = kBytesA + kBytesB;
-  static constexpr int kMemory = 227 * 1024;
-  static constexpr int kBiasBytes = 2 * kColumns * 4;
-  static constexpr int kStages = (kMemory - 1024 - kBiasBytes - 256) / kStage;
-  static constexpr int kShared = 1024 + kStages * kStage + 16 * kStages + kBiasBytes;
-};
-
-// Tiles of clusters in an order that keeps what is read at a time small: kBand rows of tiles,
-// column by column.
-struct TilePlace {
-  int row, column;  // in tiles; rows in those of a cluster
-  static constexpr int kBand = 4;
-
-  __device__ __forceinline__ TilePlace(int tile, const LinearTiles& tiles) {
-    const int band = tile / (kBand * tiles.columns), first = band * kBand;
-    const int high = min(kBand, tiles.row_clusters - first), rest = tile - first * tiles.columns;
-    row = first + rest % high;
-    column = rest / high;
-  }
-};
-
-// The rows of y of one tile.
-struct TileRows {
-  int first, last, group;
-
-  template <class Shape>
-  static __device__ __forceinline__ TileRows of(int block, const LinearTiles& tiles, int rows,
-                                                int group_rows) {
-    if (block >= tiles.row_blocks) return {rows, rows, 0};
-    const int group = block / tiles.group_blocks;
-    const int first = group * group_rows + block % tiles.group_blocks * Shape::kRows;
-    return {first, min(first + Shape::kRows, (group + 1) * group_rows), group};
-  }
-};
-
-template <class Shape, bool kHalf>
-struct LinearBlock {
+// The ring of a thread block's shared memory, and whose turn it is.
+template <class Shape>
+struct LinearRing {
   static constexpr int kStages = Shape::kStages;
-  static constexpr int kHalfB = Shape::kBytesB / 2;
 
-  uint32_t tiles_at, full_at, empty_at;
+  uint32_t tiles_at;
+  int stage = 0;
+  uint32_t parity = 0;
 
-  __device__ __forceinline__ explicit LinearBlock(uint32_t shared) {
-    tiles_at = (shared + 1023) & ~1023u;
-    full_at = tiles_at + kStages * Shape::kStage;
-    empty_at = full_at + 8 * kStages;
+  __device__ __forceinline__ explicit LinearRing(uint32_t shared)
+      : tiles_at((shared + 1023) & ~1023u) {}
+  __device__ __forceinline__ uint32_t full() const {
+    return tiles_at + kStages * Shape::kStage + 8 * stage;
   }
-  __device__ __forceinline__ uint32_t full(int stage) const { return full_at + 8 * stage; }
-  __device__ __forceinline__ uint32_t empty(int stage) const { return empty_at + 8 * stage; }
-  __device__ __forceinline__ uint32_t a(int stage) const {
-    return tiles_at + stage * Shape::kStage;
+  __device__ __forceinline__ uint32_t empty_of(int which) const {
+    return tiles_at + kStages * Shape::kStage + 8 * kStages + 8 * which;
   }
-  __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + Shape::kBytesA; }
+  __device__ __forceinline__ uint32_t end() const { return empty_of(kStages); }
+  __device__ __forceinline__ uint32_t a() const { return tiles_at + stage * Shape::kStage; }
+  __device__ __forceinline__ uint32_t b() const { return a() + Shape::kBytesA; }
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
 
-  // ---- the thread that copies
-
-  struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-      if (++stage == kStages) stage = 0, parity ^= 1;
+  // One thread of the block makes the barriers: a stage is full by one thread's copies and empty
+  // when both warpgroups of both blocks of the cluster have multiplied it.
+  __device__ __forceinline__ void make_barriers() {
+    for (stage = 0; stage < kStages; ++stage) {
+      init_barrier(full(), 1);
+      init_barrier(empty_of(stage), 2 * Shape::kCluster);
     }
-  };
+    stage = 0;
+    barriers_ready();
+  }
 
-  __device__ __forceinline__ void copy(Ring& ring, const CUtensorMap& left,
-                                       const CUtensorMap& right, int row, int column, int k,
-                                       uint32_t rank) const {
-    wait_for(empty(ring.stage), ring.parity ^ 1);
-    const uint32_t barrier = full(ring.stage);
-    expect_bytes(barrier, Shape::kStage);
-    // A box has at most 256 rows; two of A's that the two warpgroups take.
-    load_box(a(ring.stage), left, row, k, barrier);
-    load_box_to(3, b(ring.stage) + rank * kHalfB, right, column + rank * (Shape::kColumns / 2), k,
-                barrier);
+  // Rows `row` .. of the left matrix; block `rank`'s half of the tile of the right one, for both.
+  __device__ __forceinline__ void copy(const CUtensorMap& left, int row, int k,
+                                       const CUtensorMap& right, int right_row, int right_column,
+                                       int right_bytes, uint32_t rank) {
+    wait_for(empty_of(stage), parity ^ 1);
+    expect_bytes(full(), Shape::kBytesA + right_bytes);
+    load_box(a(), left, row, k, full());
+    load_box_to(3, b() + rank * (right_bytes / 2), right, right_row, right_column, full());
+    next();
+  }
+
+  __device__ __forceinline__ void release(int which, bool leader) const {
+    if (leader) {
+      arrive_at(empty_of(which), 0);
+      arrive_at(empty_of(which), 1);
+    }
+  }
+};
+
+// sum += A B^T, kSteps of 16 along k from the first'th of a stage; A's are the warpgroup's rows.
+// kAlong: k runs along the rows of B's tile, else down its columns.
+template <class Shape, bool kHalf, bool kAlong, int kSteps, int kColumns>
+__device__ __forceinline__ void multiply(float (&sum)[Shape::kBlocks][kColumns / 2],
+                                         const LinearRing<Shape>& ring, int group, int first = 0) {
+  const uint64_t left = describe_tile(ring.a() + group * Shape::kBlocks * 8192) + 2 * first;
+  const uint64_t right = describe_tile(ring.b()) + (kAlong ? 2 : 128) * first;
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int i = 0; i < Shape::kBlocks; ++i)
+      Product<kHalf, kColumns, kAlong>::add(sum[i], left + i * 512 + 2 * k,
+                                            right + (kAlong ? 2 : 128) * k);
+  end_products();
+}
+
+// sum = A B^T over `steps` whole stages, of which the last is not waited for: the products of one
+// run while those of the next are given out. Returns that last stage.
+template <class Shape, bool kHalf, bool kAlong, int kColumns>
+__device__ __forceinline__ int multiply_stages(float (&sum)[Shape::kBlocks][kColumns / 2],
+                                               LinearRing<Shape>& ring, int steps, int group,
+                                               bool leader) {
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocks; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns / 2; ++j) sum[i][j] = 0;
+  wait_for(ring.full(), ring.parity);
+  multiply<Shape, kHalf, kAlong, 4, kColumns>(sum, ring, group);
+  int before = ring.stage;
+  ring.next();
+  for (int k = 1; k < steps; ++k) {
+    wait_for(ring.full(), ring.parity);
+    multiply<Shape, kHalf, kAlong, 4, kColumns>(sum, ring, group);
+    wait_for_products<1>();
+    ring.release(before, leader);
+    before = ring.stage;
     ring.next();
   }
+  return before;
+}
 
-  // ---- the warpgroups that multiply
+// The threads of one of the two warpgroups that multiply.
+__device__ __forceinline__ void sync_warpgroup(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
 
-  float sum[Shape::kBlocks][Shape::kColumns / 2];
-
-  // kSteps of 16 along k, from the first'th of a stage's tiles.
-  template <int kSteps>
-  __device__ __forceinline__ void multiply(int stage, int group, int first) {
-    const uint64_t right = describe_tile(b(stage)) + 2 * first;
-    const uint64_t left = describe_tile(a(stage) + group * Shape::kBlocks * 8192) + 2 * first;
-    begin_products();
+// h = T C^T for 64 rows of T = x V, which a warpgroup has in its registers as the products left it:
+// two blocks of 8 columns are operand A of 16 along k. Everything in two parts of bf16 (mma.cuh).
+template <class Shape, bool kHalf>
+__device__ __forceinline__ void write_inner(const float (&sum)[Shape::kInner / 2],
+                                            const float* core, void* h, int rank, int row,
+                                            int last) {
+  constexpr int kSteps = Shape::kInner / 16;
+  const int q = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  FragmentA part[2][kSteps];
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t parts[2];
+      split(sum[8 * k + 2 * i], sum[8 * k + 2 * i + 1], parts);
+      part[0][k][i] = parts[0], part[1][k][i] = parts[1];
+    }
+#pragma unroll 2
+  for (int j = 0; j < rank; j += 8) {
+    float2 numbers[kSteps][2];
+    const float* const from = core + (j + q) * rank + 2 * t;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-      for (int i = 0; i < Shape::kBlocks; ++i)
-        Product<kHalf, Shape::kColumns>::add(sum[i], left + i * 512 + 2 * k, right + 2 * k);
-    end_products();
-  }
-
-  __device__ __forceinline__ void release(int stage, bool first) const {
-    if (first) {
-      arrive_at(empty(stage), 0);
-      arrive_at(empty(stage), 1);
+      for (int i = 0; i < 2; ++i)
+        numbers[k][i] = 16 * k + 8 * i < rank
+                            ? __ldg(reinterpret_cast<const float2*>(from + 16 * k + 8 * i))
+                            : make_float2(0, 0);
+    float out[4] = {};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t b0[2], b1[2];
+      split(numbers[k][0].x, numbers[k][0].y, b0);
+      split(numbers[k][1].x, numbers[k][1].y, b1);
+      mma<false>(out, part[1][k], b0[0], b1[0]);
+      mma<false>(out, part[0][k], b0[1], b1[1]);
+      mma<false>(out, part[0][k], b0[0], b1[0]);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (row + q + 8 * half < last)
+        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(h) +
+                                     int64_t{row + q + 8 * half} * rank + j + 2 * t) =
+            kHalf ? pack_f16(out[2 * half], out[2 * half + 1])
+                  : pack_bf16(out[2 * half], out[2 * half + 1]);
   }
-};
+}
 
 // Of four lanes, each with the words of four 8-column blocks: lane t gets block t's, in order.
 __device__ __forceinline__ void exchange(uint32_t (&word)[4], int t) {
@@ -179,11 +200,6 @@ __device__ __forceinline__ void load_bias(float* to, const LinearOut& y, const L
     to[j] = bias.data && column + j < y.columns
                 ? bias_at<kHalf>(bias, int64_t{row} * y.columns + column + j)
                 : 0;
-}
-
-// The threads of one of the two warpgroups that multiply.
-__device__ __forceinline__ void sync_warpgroup(int group) {
-  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
 // Of 64 rows those before `last`: the sums and the bias of the tile's columns to y.
@@ -218,100 +234,139 @@ __device__ __forceinline__ void write_sums(const float (&sum)[Shape::kColumns / 
   }
 }
 
+// The warp that copies, one thread of it.
+template <class Shape, bool kInside>
+__device__ __forceinline__ void copy_tiles(LinearRing<Shape> ring, const LinearMaps& maps,
+                                           const LinearTiles& tiles, const LinearOut& y,
+                                           const LinearInside& inside, uint32_t rank) {
+  const int first = blockIdx.x / Shape::kCluster, step = gridDim.x / Shape::kCluster;
+  for (int tile = first; tile < TilePlace<kInside>::count(tiles); tile += step) {
+    const TilePlace<kInside> place(tile, tiles);
+    const int block = place.row * Shape::kCluster + rank;
+    const int row = TileRows::of<Shape>(block, tiles, y.rows).first;
+    if (kInside && place.column < 0) {
+      for (int k = 0; k < tiles.steps; ++k)
+        ring.copy(maps.x, row, k * Shape::kDepth, maps.v,
+                  k * Shape::kDepth + rank * (Shape::kDepth / 2), 0, Shape::kBytesInner, rank);
+      continue;
+    }
+    const int column = place.column * Shape::kColumns + rank * (Shape::kColumns / 2);
+    for (int k = 0; k < tiles.steps; ++k)
+      ring.copy(maps.x, row, k * Shape::kDepth, maps.w, column, k * Shape::kDepth, Shape::kBytesB,
+                rank);
+    if constexpr (kInside) {
+      if (block < tiles.row_blocks) wait_until(inside.ready + block, 2);
+      order_copies();
+    } else if (tile == first) {
+      wait_for_launch_before();
+    }
+    for (int k = 0; k < tiles.rank; k += Shape::kDepth)
+      ring.copy(maps.h, row, k, maps.u, column, k, Shape::kBytesB, rank);
+  }
+}
+
+// Of a tile, the rows of one of the two warpgroups and the first of the lane's warp.
+template <class Shape>
+struct LanePlace {
+  int group, row;
+  __device__ __forceinline__ explicit LanePlace(int warpgroup)
+      : group(warpgroup), row(warpgroup * Shape::kBlocks * 64 + threadIdx.x % 128 / 32 * 16) {}
+  __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
+};
+
+// A tile of h.
 template <class Shape, bool kHalf>
+__device__ __forceinline__ void make_inner(LinearRing<Shape>& ring, const LinearTiles& tiles,
+                                           const LinearInside& inside, const TileRows& rows,
+                                           int block, const LanePlace<Shape>& place) {
+  const float* const core = inside.core + int64_t{rows.group} * tiles.rank * tiles.rank;
+  for (int i = threadIdx.x % 128 * 32; i < tiles.rank * tiles.rank; i += 128 * 32)
+    prefetch(core + i);
+  float sum[Shape::kBlocks][Shape::kInner / 2];
+  const int before = multiply_stages<Shape, kHalf, false, Shape::kInner>(
+      sum, ring, tiles.steps, place.group, place.leads());
+  wait_for_products<0>();
+  ring.release(before, place.leads());
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocks; ++i)
+    write_inner<Shape, kHalf>(sum[i], core, inside.h, tiles.rank, rows.first + place.row + 64 * i,
+                              rows.last);
+  order_copies();
+  sync_warpgroup(place.group);
+  if (place.leads() && block < tiles.row_blocks) count_up(inside.ready + block);
+}
+
+// A tile of y; `numbers` are the warpgroup's own, for the bias.
+template <class Shape, bool kHalf>
+__device__ __forceinline__ void make_y(LinearRing<Shape>& ring, const LinearTiles& tiles,
+                                       const LinearOut& y, const LinearBias& bias, float* numbers,
+                                       const TileRows& rows, int column,
+                                       const LanePlace<Shape>& place) {
+  // Read where nothing waits for it.
+  load_bias<Shape, kHalf>(numbers, y, bias, bias.grouped ? rows.group : 0, column);
+  float sum[Shape::kBlocks][Shape::kColumns / 2];
+  int before = multiply_stages<Shape, kHalf, true, Shape::kColumns>(sum, ring, tiles.steps,
+                                                                    place.group, place.leads());
+  for (int left = tiles.rank; left > 0; left -= Shape::kDepth) {
+    wait_for(ring.full(), ring.parity);
+    for (int k = 0; k < min(4, (left + 15) / 16); ++k)
+      multiply<Shape, kHalf, true, 1, Shape::kColumns>(sum, ring, place.group, k);
+    wait_for_products<1>();
+    ring.release(before, place.leads());
+    before = ring.stage;
+    ring.next();
+  }
+  wait_for_products<0>();
+  ring.release(before, place.leads());
+  sync_warpgroup(place.group);
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocks; ++i)
+    write_sums<Shape, kHalf>(sum[i], y, numbers, rows.last, rows.first + place.row + 64 * i,
+                             column);
+  sync_warpgroup(place.group);
+}
+
+// A warpgroup that multiplies.
+template <class Shape, bool kHalf, bool kInside>
+__device__ __forceinline__ void multiply_tiles(LinearRing<Shape> ring, const LinearTiles& tiles,
+                                               const LinearOut& y, const LinearBias& bias,
+                                               float* numbers, const LinearInside& inside,
+                                               uint32_t rank, int group) {
+  const LanePlace<Shape> lane(group);
+  const int first = blockIdx.x / Shape::kCluster, step = gridDim.x / Shape::kCluster;
+  for (int tile = first; tile < TilePlace<kInside>::count(tiles); tile += step) {
+    const TilePlace<kInside> place(tile, tiles);
+    const int block = place.row * Shape::kCluster + rank;
+    const TileRows rows = TileRows::of<Shape>(block, tiles, y.rows);
+    if (kInside && place.column < 0)
+      make_inner<Shape, kHalf>(ring, tiles, inside, rows, block, lane);
+    else
+      make_y<Shape, kHalf>(ring, tiles, y, bias, numbers, rows, place.column * Shape::kColumns,
+                           lane);
+  }
+}
+
+template <class Shape, bool kHalf, bool kInside>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    lowrank_linear_kernel(const __grid_constant__ CUtensorMap x,
-                          const __grid_constant__ CUtensorMap w,
-                          const __grid_constant__ CUtensorMap h,
-                          const __grid_constant__ CUtensorMap u, LinearTiles tiles, LinearOut y,
-                          LinearBias bias) {
+    lowrank_linear_kernel(const __grid_constant__ LinearMaps maps, LinearTiles tiles, LinearOut y,
+                          LinearBias bias, LinearInside inside) {
 #ifdef SUBZERO_HOPPER
   extern __shared__ uint8_t memory[];
-  using Block = LinearBlock<Shape, kHalf>;
-  Block block(shared_address(memory));
+  LinearRing<Shape> ring(shared_address(memory));
   const uint32_t rank = cluster_rank();
   const int warpgroup = threadIdx.x / 128;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Block::kStages; ++stage) {
-      init_barrier(block.full(stage), 1);
-      init_barrier(block.empty(stage), 2 * Shape::kCluster);
-    }
-    barriers_ready();
-  }
+  if (threadIdx.x == 0) ring.make_barriers();
   cluster_arrive();
   cluster_wait();
-
-  const int all = tiles.row_clusters * tiles.columns;
-  const int first = blockIdx.x / Shape::kCluster, step = gridDim.x / Shape::kCluster;
-  const int tail_steps = (tiles.rank + Shape::kDepth - 1) / Shape::kDepth;
-
   if (warpgroup == 0) {
     leave_registers<40>();
-    if (threadIdx.x == 0) {
-      typename Block::Ring ring;
-      for (int tile = first; tile < all; tile += step) {
-        const TilePlace place(tile, tiles);
-        const int row =
-            TileRows::of<Shape>(place.row * Shape::kCluster + rank, tiles, y.rows, bias.group_rows)
-                .first;
-        const int column = place.column * Shape::kColumns;
-        for (int k = 0; k < tiles.steps; ++k)
-          block.copy(ring, x, w, row, column, k * Shape::kDepth, rank);
-        if (tile == first) wait_for_launch_before();  // h comes from the kernel before
-        for (int k = 0; k < tail_steps; ++k)
-          block.copy(ring, h, u, row, column, k * Shape::kDepth, rank);
-      }
-    }
+    if (threadIdx.x == 0) copy_tiles<Shape, kInside>(ring, maps, tiles, y, inside, rank);
   } else {
     take_registers<232>();
-    const int group = warpgroup - 1;
-    const bool leader = threadIdx.x % 128 == 0;
-    float* const numbers = reinterpret_cast<float*>(memory + (block.empty_at + 8 * Block::kStages -
-                                                              shared_address(memory))) +
-                           group * Shape::kColumns;
-    typename Block::Ring ring;
-    for (int tile = first; tile < all; tile += step) {
-      const TilePlace place(tile, tiles);
-      const TileRows rows =
-          TileRows::of<Shape>(place.row * Shape::kCluster + rank, tiles, y.rows, bias.group_rows);
-      const int row = rows.first + group * Shape::kBlocks * 64 + threadIdx.x % 128 / 32 * 16;
-      const int column = place.column * Shape::kColumns;
-#pragma unroll
-      for (int i = 0; i < Shape::kBlocks; ++i)
-#pragma unroll
-        for (int j = 0; j < Shape::kColumns / 2; ++j) block.sum[i][j] = 0;
-      // Read where nothing waits for it.
-      load_bias<Shape, kHalf>(numbers, y, bias, rows.group, column);
-      // The products of one stage run while those of the next are given out.
-      wait_for(block.full(ring.stage), ring.parity);
-      block.template multiply<4>(ring.stage, group, 0);
-      int before = ring.stage;
-      ring.next();
-      for (int k = 1; k < tiles.steps; ++k) {
-        wait_for(block.full(ring.stage), ring.parity);
-        block.template multiply<4>(ring.stage, group, 0);
-        wait_for_products<1>();
-        block.release(before, leader);
-        before = ring.stage;
-        ring.next();
-      }
-      for (int left = tiles.rank; left > 0; left -= Shape::kDepth) {
-        wait_for(block.full(ring.stage), ring.parity);
-        for (int k = 0; k < min(4, (left + 15) / 16); ++k)
-          block.template multiply<1>(ring.stage, group, k);
-        wait_for_products<1>();
-        block.release(before, leader);
-        before = ring.stage;
-        ring.next();
-      }
-      wait_for_products<0>();
-      block.release(before, leader);
-      sync_warpgroup(group);
-#pragma unroll
-      for (int i = 0; i < Shape::kBlocks; ++i)
-        write_sums<Shape, kHalf>(block.sum[i], y, numbers, rows.last, row + 64 * i, column);
-      sync_warpgroup(group);
-    }
+    float* const numbers = reinterpret_cast<float*>(memory + (ring.end() - shared_address(memory)));
+    multiply_tiles<Shape, kHalf, kInside>(ring, tiles, y, bias,
+                                          numbers + (warpgroup - 1) * Shape::kColumns, inside, rank,
+                                          warpgroup - 1);
   }
   // No block ends while another may copy to it or arrive at its barriers.
   cluster_arrive();

@@ -164,7 +164,7 @@ def lowrank_linear(
     u: Tensor,
     v: Tensor,
     core: Tensor,
-    h: Tensor,
+    scratch: Tensor,
     y: Tensor,
 ) -> Any:
     return require().LowRankLinear(
@@ -177,7 +177,7 @@ def lowrank_linear(
         v=rows(v),
         core=core.data_ptr(),
         groups=core.shape[0],
-        h=h.data_ptr(),
+        scratch=scratch.data_ptr(),
         y=y.data_ptr(),
     )
 

@@ -367,10 +367,14 @@ def lowrank_linear(
     if not _takes_linear_kernel(rows, w, u, v):
         return _gemms.lowrank_linear(x, w, bias, u, v, core)
     y = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device=x.device)
-    h = torch.empty(rows.shape[0], u.shape[1], dtype=x.dtype, device=x.device)
-    args.require().cuda.lowrank_linear(
+    native = args.require().cuda
+    size = native.lowrank_linear_scratch_bytes(
+        rows=rows.shape[0], rank=u.shape[1], groups=core.shape[0]
+    )
+    scratch = _scratch(size, x.device)
+    native.lowrank_linear(
         args=args.lowrank_linear(
-            rows, w, None if bias is None else bias.contiguous(), u, v, core, h, y
+            rows, w, None if bias is None else bias.contiguous(), u, v, core, scratch, y
         ),
         launch=_launch(w),
     )

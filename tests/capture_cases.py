@@ -65,7 +65,7 @@ def of_activation(weights: ActivationWeights) -> dict[str, Tensor]:
     found |= {f"u {i}": u for i, u in enumerate(carriers) if u is not None}
     seen = weights._seen
     if seen is not None:  # the place behind a ring takes what is not remembered
-        found |= {f"seen {i}": ring[:-1] for i, ring in enumerate(seen._rings)}
+        found |= {f"seen {i}": ring[:-1] for i, (ring, _) in enumerate(seen._own)}
         found |= {f"seen {axis}": count for axis, count in seen._counts.items()}
     return found
 

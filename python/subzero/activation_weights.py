@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from subzero_kernels import PURPOSE_BASIS_U, fold_, orthonormal_basis, stream_id
 
-from .activation import ActivationPath, Tap
+from .activation import ActivationPath, Tap, stacks_of
 from .alignment import aligned_bases
 from .credit import Credit, CreditPlan
 from .forms import CreditSpace, FullSpace
@@ -44,7 +44,7 @@ class ActivationWeights(TrainedWeights):
         self.full = FullSpace(self.taps, self.dtype, self) if plan.form == "full" else None
         self.space: CreditSpace = self.full or CreditSpace(self.taps, self.dtype)
         self._seen: SeenRows | None = None  # made with the first rows
-        self._bases: list[Tensor] = []  # the memory of V, made when it is first known
+        self._bases: list[Tensor] = []  # of each tap, views of its stack's memory
         self._turned: list[Tensor] = []  # cores of transposed weights, (1, r, r) each
         self._eye: Tensor | None = None
         self._met_checked = False
@@ -73,6 +73,7 @@ class ActivationWeights(TrainedWeights):
         self._own(model)
         for tap in self.taps:
             self.side.taps[id(tap.credit.param)] = tap
+        self.side.stacks = stacks_of(self.taps)
         self.side.attach(model, self.hooks)
         self._draw_carriers(0)
 
@@ -113,7 +114,12 @@ class ActivationWeights(TrainedWeights):
 
     def _set_bases(self, bases: list[Tensor]) -> None:
         if not self._bases:
-            self._bases = [basis.clone(memory_format=torch.contiguous_format) for basis in bases]
+            place: dict[int, Tensor] = {}
+            for stack in self.side.stacks:
+                first = stack.taps[0].credit
+                stack.bases = first.param.new_empty(len(stack.taps), first.n, first.rank)
+                place |= {id(tap): held for tap, held in zip(stack.taps, stack.bases, strict=True)}
+            self._bases = [place[id(tap)] for tap in self.taps]
         for tap, held, basis in zip(self.taps, self._bases, bases, strict=True):
             tap.basis = held.copy_(basis)
         self.show()
@@ -190,11 +196,11 @@ class ActivationWeights(TrainedWeights):
                 assert tap.basis is not None
                 tap.kept = [rows @ tap.basis.to(rows.dtype) for rows in tap.kept]
         if self.full is None:
-            self._seen_rows().take(self.taps, finite)
+            self._seen_rows().take(finite)
 
     def _seen_rows(self) -> SeenRows:
         if self._seen is None:
-            self._seen = SeenRows(self.taps)
+            self._seen = SeenRows(self.taps, self.side.stacks)
         return self._seen
 
     @contextmanager

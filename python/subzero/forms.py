@@ -27,6 +27,9 @@ from .spaces import Space
 
 RowWeights = dict[str, Tensor]
 
+# Columns of its second factor up to which noise_outer_ makes the noise where it multiplies it.
+_FAST_COLUMNS = 128
+
 
 class CreditSpace(Space):
     """S or B of every credited weight, in one flat buffer.
@@ -43,6 +46,7 @@ class CreditSpace(Space):
         self._sizes = torch.tensor([math.prod(c.shape) for c in credits], device=device)
         self._units = self.value.new_tensor([_change_per_weight(c) for c in credits])
         self._rows: dict[str, tuple[slice, Tensor]] = {}
+        self._together = _of_one_noise(self.taps)
         self.finite = torch.ones((), dtype=torch.bool, device=self.value.device)
 
     @functools.cached_property
@@ -70,16 +74,28 @@ class CreditSpace(Space):
     def add_noise_(self, flat: Tensor, coeff: Tensor, rng: Tensor, *, scaled: bool = True) -> None:
         """flat += sum_k sum_i coeff[k, i] z_(draw+k)[i] a[i]^T; coeff (K, rows)."""
         scaled_by: dict[float, Tensor] = {}
-        for tap, out in zip(self.taps, self.views(flat), strict=True):
+        views = self.views(flat)
+        for members in self._together:
+            tap = self.taps[members[0]]
             credit = tap.credit
             by = math.sqrt(credit.m / credit.rank) if scaled and credit.form == "core" else 1.0
             if by not in scaled_by:
                 scaled_by[by] = coeff if by == 1.0 else coeff * by
-            rows = self.rows_of(tap, scaled_by[by])
-            if rows is None:
+            met = [
+                (i, rows) for i in members if (rows := self.rows_of(self.taps[i], scaled_by[by]))
+            ]
+            if not met:
                 continue
-            weight, kept, ids = rows
-            noise_outer_(out, weight.contiguous(), kept, ids, rng, stream=tap.stream, beta=1.0)
+            weight, kept, ids = met[0][1]
+            weight = weight.contiguous()
+            if len(met) == 1:
+                noise_outer_(views[met[0][0]], weight, kept, ids, rng, stream=tap.stream, beta=1.0)
+                continue
+            kept = torch.cat([rows[1] for _, rows in met], 1)
+            change = kept.new_empty(credit.shape[0], kept.shape[1])
+            noise_outer_(change, weight, kept, ids, rng, stream=tap.stream)
+            for (i, _), part in zip(met, change.split(credit.rank, 1), strict=True):
+                views[i].add_(part)
 
     def width(self, i: int) -> int:
         """max(m, n) of the weight, whatever is kept of it."""
@@ -159,6 +175,20 @@ class FullSpace(CreditSpace):
             word = words(how["rng"], stream_id(PURPOSE_ROUNDING, credit.index), w.numel())
             value = round_stochastic(value, word.view(w.shape), w.dtype)
         w.copy_(value)
+
+
+def _of_one_noise(taps: Sequence[Tap]) -> list[list[int]]:
+    """Linears that one noise credits, as many as noise_outer_ is fast for: it is made once."""
+    alike: dict[tuple[int, str], list[int]] = {}
+    for i, tap in enumerate(taps):
+        alike.setdefault((tap.stream, tap.credit.axis), []).append(i)
+    rank = taps[0].credit.rank
+    most = max(1, _FAST_COLUMNS // rank) if rank else 1
+    return [
+        members[start : start + most]
+        for members in alike.values()
+        for start in range(0, len(members), most)
+    ]
 
 
 def _change_per_weight(credit: Credit) -> float:

@@ -156,6 +156,7 @@ class ActivationEvaluator:
         self.path.begin(Pass(1, True, none, micro.axes(), 0.0, rng))
         try:
             self._losses(micro, objective, 1)
+            self.path.settle()
         finally:
             self.path.begin(None)
             for tap, basis in zip(taps, bases, strict=True):
@@ -171,6 +172,7 @@ class ActivationEvaluator:
         self.shared.groups, self.shared.rows = groups, groups * micro.examples
         try:
             losses = self._losses(micro, objective, groups)
+            self.path.settle()
         finally:
             self.path.begin(None)
             self.shared.groups = self.shared.rows = 1
@@ -218,13 +220,16 @@ class ActivationEvaluator:
         width = micro.index.shape[1]
         self.path.begin(Pass(1, True, none, micro.axes(), eps, rng))
         try:
-            losses = objective.losses(self._recorded(micro, objective), micro.batch, micro.index)
+            logits = self._recorded(micro, objective)
+            self.path.settle()
+            losses = objective.losses(logits, micro.batch, micro.index)
             clean = self._shaped(losses, micro, 1, width, "scored positions")[0]
             rows, parts, size = decoder.noisy_rows(micro), [], decoder.chunk()
             for start in range(0, self.options.queries, size):
                 stop = min(start + size, self.options.queries)
                 chunk = torch.arange(start, stop, device=rng.device)
                 self.path.begin(Pass(len(chunk), False, chunk, {"main": rows}, eps, rng))
+                self.path.prepare()
                 parts.append(self._decode(micro, objective, len(chunk)))
             self._settle(micro, clean, parts[0] if len(parts) == 1 else torch.cat(parts))
         finally:

@@ -75,8 +75,8 @@ class _Attention:
     exact_softmax: bool
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """(B, 1, L, T + L) bool, cut to a sliding window."""
+    def unseen(self, window: int | None) -> Tensor:
+        """(B, 1, L, T + L) bool: what a row may not attend to, beyond a sliding window too."""
         if window not in self.masks:
             prefix, own = self.prefix, self.own
             if window is not None:
@@ -85,7 +85,7 @@ class _Attention:
                 cached = torch.arange(prefix.shape[2], device=prefix.device)
                 prefix = prefix & (at[..., None] - cached < window)
                 own = own & (rows[:, None] - rows < window)
-            self.masks[window] = torch.cat([prefix, own], 2)[:, None]
+            self.masks[window] = ~torch.cat([prefix, own], 2)[:, None]
         return self.masks[window]
 
 
@@ -112,17 +112,22 @@ def attend(
     scaling = width**-0.5 if scaling is None else scaling
     # (B, kv heads, K shared L, d): one product with the prefix, whatever K is
     grouped = query.view(queries, examples, kv_heads, shared, length, width)
+    if scaling != 1:
+        grouped = grouped * scaling
     side_by_side = grouped.permute(1, 2, 0, 3, 4, 5).reshape(examples, kv_heads, -1, width)
     past = (side_by_side @ past_key.mT).view(examples, kv_heads, queries, shared, length, cached)
     own_key = key.view(queries, examples, kv_heads, 1, length, width)
     own_value = value.view(queries, examples, kv_heads, 1, length, -1)
-    own = (grouped @ own_key.mT).permute(1, 2, 0, 3, 4, 5)
-    scores = torch.cat([past, own], -1) * scaling
+    if length == 1:  # a row that sees itself: no product of matrices
+        own = (grouped * own_key).sum(-1, keepdim=True)
+    else:
+        own = grouped @ own_key.mT
+    scores = torch.cat([past, own.permute(1, 2, 0, 3, 4, 5)], -1)
     softcap = options.get("softcap")
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    allowed = seen.mask(options.get("sliding_window"))[:, :, None, None]
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    unseen = seen.unseen(options.get("sliding_window"))[:, :, None, None]
+    scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
     wide = torch.promote_types(torch.float32, scores.dtype)
     wide = torch.float32 if seen.exact_softmax else wide
     sinks = options.get("s_aux")
@@ -133,7 +138,8 @@ def attend(
     past_weights = weights[..., :cached].reshape(examples, kv_heads, -1, cached)
     out = (past_weights @ past_value).view(*scores.shape[:-1], -1)
     own_weights = weights[..., cached:].permute(2, 0, 1, 3, 4, 5)
-    out = out.permute(2, 0, 1, 3, 4, 5) + own_weights @ own_value
+    from_own = own_weights * own_value if length == 1 else own_weights @ own_value
+    out = out.permute(2, 0, 1, 3, 4, 5) + from_own
     return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 

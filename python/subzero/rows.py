@@ -72,18 +72,17 @@ def make_grid(
         real = mask.bool().to(device)
     if position_ids is not None and position_ids.shape == (1, tokens):
         position_ids = position_ids.expand(rows, tokens)
+    before = real.long().cumsum(1) - real.long()
+    if position_ids is None or position_ids.shape != real.shape:
+        example = torch.arange(rows, device=device)[:, None].expand(rows, tokens) + first
+        return Grid(example, before, real, first, False)
     begins = torch.zeros_like(real)
     begins[:, 0] = True
-    packed = False
-    if position_ids is not None and position_ids.shape == real.shape:
-        packed = True
-        both = real[:, 1:] & real[:, :-1]
-        begins[:, 1:] = both & (position_ids[:, 1:] <= position_ids[:, :-1]).to(device)
+    both = real[:, 1:] & real[:, :-1]
+    begins[:, 1:] = both & (position_ids[:, 1:] <= position_ids[:, :-1]).to(device)
     example = begins.flatten().cumsum(0).view(rows, tokens) - 1
-    before = real.long().cumsum(1) - real.long()
     at_begin = torch.where(begins, before, torch.full_like(before, -1)).cummax(1).values
-    position = before - at_begin
-    return Grid(example + first, position, real, first, packed)
+    return Grid(example + first, before - at_begin, real, first, True)
 
 
 def main_grid(batch: Any, examples: int, first: int | Tensor) -> Grid | None:

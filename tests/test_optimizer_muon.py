@@ -14,6 +14,7 @@ from tiny_models import batch, build, snapshot
 from torch import Tensor, nn
 
 from subzero import LogitsLoss, SubZero, label_words, next_token
+from subzero.rules import orthogonalised
 
 WORDS = [5, 11, 17]
 
@@ -226,3 +227,24 @@ def test_a_token_loss_outside_the_positions_is_not_read() -> None:
     assert opt.step(b, loss, mask_of(b)).isfinite() and opt.skipped == 0
     with pytest.raises(ValueError, match=r"positions: .*\(3, 7\)"):
         opt.step(b, loss, mask_of(b)[:, :4])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 400), (3, 400, 16), (2, 16, 40), (2, 24, 24)])
+def test_newton_schulz_in_fp32_equals_that_in_float64(shape: tuple[int, int, int]) -> None:
+    """Long matrices take another way; singular values from 1 to 1e-4, and a matrix of zeros."""
+    generator = torch.Generator().manual_seed(3)
+    m = torch.randn(shape, generator=generator, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(m, full_matrices=False)
+    m = 7.0 * (u * torch.logspace(0, -4, u.shape[-1], dtype=torch.float64)) @ v
+    m[-1] = 0
+    expected = []
+    for x in m:
+        x = x / (x.norm() + 1e-12)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        expected.append(x)
+    found = orthogonalised(m.float()).double()
+    for x, wanted in zip(found[:-1], expected[:-1], strict=True):
+        assert (x - wanted).norm() <= 1e-3 * wanted.norm()
+    assert not found[-1].any()

@@ -53,6 +53,10 @@ class CapturedStep:
     a step may alternate, and ``state_dict`` and ``load_state_dict`` go on working. Capturing
     makes no step.
 
+    With activation noise the first call is made as ``step`` is, unless ``bases_from`` came before:
+    its rows give the bases. It waits for the device, and so does a call that opens a window, whose
+    bases come from the rows seen. Form full makes its graph anew where weight decay begins or ends.
+
     A graph is of one shape: capture one for each bucket of lengths. All share one pool of
     memory, that of the largest. On a CPU, which has no graphs, ``run(batch)`` is the step.
 

@@ -398,8 +398,9 @@ class SubZero(torch.optim.Optimizer):
 
     def _update(self, weight: Tensor, finite: Tensor) -> None:
         hyper, rule = self._numbers.hyper, RULES[self.options.rule]
-        baked = isinstance(self._weights, ActivationWeights) and self._weights.full is not None
-        if self._numbers.decays or (self._capturing and not baked):
+        # a graph holds the decay, whatever it is: but where it is made anew for another
+        held = self._capturing and self.options.form != "full"
+        if self._numbers.decays or held:
             factor = 1 - hyper.lr * hyper.weight_decay
             self._weights.decay_(where(finite, factor, 1.0, torch.float64))
         for name, space in self._weights.spaces():

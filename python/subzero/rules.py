@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from subzero_kernels.backends.reference import full_precision
+
 from .hyper import Hyper
 from .spaces import Space
 
@@ -98,15 +100,41 @@ def muon(space: Space, state: State, weight: Tensor, finite: Tensor, rng: Tensor
 def orthogonalised(m: Tensor) -> Tensor:
     """Five Newton-Schulz steps on matrices (L, rows, columns), in their own precision.
 
-    X = M / (|M|_F + 1e-12), then A = X X^T, X = 3.4445 X + (-4.7750 A + 2.0315 A A) X
+    X = M / (|M|_F + 1e-12), then A = X X^T, X = P X with P = 3.4445 I - 4.7750 A + 2.0315 A A
+
+    All P are polynomials of the first A. So for long matrices their product is found among small
+    ones, the next A being P A P, and X is multiplied once. That takes products in full fp32: TF32
+    would lose the small singular values.
     """
-    x = m / (torch.linalg.matrix_norm(m, keepdim=True) + 1e-12)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+    x = m.mT if m.shape[-2] > m.shape[-1] else m
+    if x.shape[-1] >= 4 * x.shape[-2]:
+        with full_precision():
+            x = _by_gram_matrix(x)
+    else:
+        x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-12)
+        for _ in range(5):
+            a = x @ x.mT
+            x = torch.baddbmm(x, _polynomial(a), x, beta=3.4445)
+    return x.mT if m.shape[-2] > m.shape[-1] else x
+
+
+def _by_gram_matrix(m: Tensor) -> Tensor:
+    a = m @ m.mT
+    norm = a.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None] + 1e-12
+    a = a / norm**2
+    product = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand_as(a) / norm
+    for i in range(5):
+        p = _polynomial(a)
+        product = torch.baddbmm(product, p, product, beta=3.4445)
+        if i < 4:
+            half = torch.baddbmm(a, p, a, beta=3.4445)
+            a = torch.baddbmm(half, half, p, beta=3.4445)
+    return product @ m
+
+
+def _polynomial(a: Tensor) -> Tensor:
+    """-4.7750 A + 2.0315 A A"""
+    return torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
 
 
 def _stacks(shapes: Sequence[tuple[int, ...]], most: int = 1 << 26) -> Iterator[list[int]]:

@@ -44,7 +44,7 @@ def available() -> tuple[bool, str]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """fp32 products in fp32, whatever the user chose: TF32's error of 3e-4 is above the ops' bound.
 
     torch 2.9 gave each library its own setting and refuses to mix the two ways of reading it.
@@ -72,7 +72,7 @@ def _full_precision() -> Iterator[None]:
 def _exact_products(op: _Op) -> _Op:
     @functools.wraps(op)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _full_precision():
+        with full_precision():
             return op(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]

@@ -10,70 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from capture_activation_cases import FORMS, OPTIONS, WORDS, data, equal_steps, twins
 from capture_cases import (
     RULES,
     assert_same,
     device_fixture,  # noqa: F401
     emulated,  # noqa: F401
     on_devices,
-    on_gpu,
-    on_graphs,
     tensors,
     waiting_is_an_error,
 )
-from tiny_models import batch, build, per_example, same_bits, snapshot
+from tiny_models import build, per_example, same_bits, snapshot
 from torch import Tensor, nn
 
 from subzero import LogitsLoss, SubZero, label_words, next_token
-
-FORMS = ["core", "right", "full"]
-OPTIONS: dict[str, Any] = dict(
-    noise="activation", lr=1e-2, eps=1e-2, rank=3, queries=3, seed=5, refresh_every=3
-)
-WORDS = [7, 11]
-
-
-def twins(name: str, device: str, **options: Any) -> tuple[SubZero, SubZero]:
-    dtype = options.pop("dtype", torch.float32)
-    made = []
-    for _ in range(2):
-        model = build(name, dtype=dtype).to(device)
-        for key, p in model.named_parameters():  # blocks below the first noisy one run once
-            p.requires_grad_(not any(part in key for part in ("layers.0.", "h.0.")))
-        made.append(SubZero(model, **{**OPTIONS, **options}))
-    return made[0], made[1]
-
-
-def data(count: int, device: str, tokens: int = 7) -> list[dict[str, Tensor]]:
-    """Sentences padded on the left, with a class each."""
-    made = []
-    for i in range(count):
-        b = batch(3, tokens, seed=10 + i)
-        b["attention_mask"] = torch.ones_like(b["input_ids"])
-        b["attention_mask"][1, :2] = 0
-        b["labels"] = torch.tensor([i % 2, 0, 1])
-        made.append({k: v.to(device) for k, v in b.items()})
-    return made
 
 
 def by_example(model: nn.Module) -> Any:
     plain = per_example(model)
     return lambda b: plain({k: v for k, v in b.items() if k != "labels"})
-
-
-def equal_steps(
-    step: SubZero, captured: SubZero, batches: list[Any], objectives: Any, device: str
-) -> None:
-    """As many steps of both, of which only those that open a window or give V may wait."""
-    run = captured.capture(batches[0], objectives[1])
-    assert_same(step, captured)  # capturing makes no step
-    for i, b in enumerate(batches):
-        expected = step.step(b, objectives[0])
-        reads = not captured._weights.ready or i % captured.options.refresh_every == 0
-        with waiting_is_an_error("cpu" if reads else device):
-            loss = run(b)
-        assert torch.isfinite(loss) and torch.equal(loss, expected), i
-        assert_same(step, captured)
 
 
 # the captured step is the step
@@ -322,83 +277,3 @@ def test_what_a_graph_reads_stays_where_it_is(name: str, rule: str, form: str) -
     opt.load_state_dict(opt.state_dict())
     opt.step(batches[0], objective)
     assert places() == before
-
-
-# errors and limits
-
-
-@on_graphs
-def test_more_positions_than_captured(device: str) -> None:
-    _, captured = twins("llama", device, refresh_every=100)
-    b = data(1, device)[0]
-    few, many, wide = (torch.zeros(3, 7, dtype=torch.bool, device=device) for _ in range(3))
-    few[:, 3:5] = True
-    many[:, 2:6] = True
-    wide[:, 3] = wide[:, 6] = True
-    del b["labels"]
-    run = captured.capture(b, next_token(), few)
-    for _ in range(2):
-        assert torch.isfinite(run(b, few))
-    there = {k: v.cpu() for k, v in b.items()}
-    with pytest.raises(ValueError, match="at most 2 scored positions in an example.*got 4; capt"):
-        run(there, many.cpu())
-    with pytest.raises(ValueError, match="at most 2 tokens from the first scored.*got 3; capture"):
-        run(there, wide[:, [0, 1, 2, 3, 4, 6, 5]].cpu())
-    assert captured.steps == 2
-    if device == "cuda":  # where the mask is not read before the step
-        run(b, many)
-        assert captured.skipped == 1
-
-
-def test_a_step_of_more_positions_than_known_is_skipped() -> None:
-    opt, _ = twins("llama", "cpu")
-    b = data(1, "cpu")[0]
-    mask = torch.zeros(3, 7, dtype=torch.bool)
-    mask[:, 3:5] = True
-    del b["labels"]
-    opt.step(b, next_token(), mask)
-    known = opt._queries.bind(b, next_token(), mask)[0].extent
-    assert known is not None and (known.width, known.length) == (2, 2)
-    wider = mask.clone()
-    wider[0, 5] = True
-    for some, finite in ((mask, True), (wider, False)):
-        micros = opt._queries.bind(b, next_token(), some, [known])
-        with torch.no_grad():
-            outcome = opt._queries.evaluate(micros, next_token(), 1e-2, opt._rng)
-        assert bool(outcome.finite) == finite
-        assert bool(outcome.weight["main"].any()) == finite
-
-
-@on_graphs
-def test_what_cannot_be_captured_says_why_and_leaves_no_trace(device: str) -> None:
-    step, captured = twins("llama", device)
-    b = data(1, device)[0]
-
-    def reads(logits: Tensor, b: Any) -> Tensor:
-        loss = label_words(WORDS).fn(logits, b)
-        return loss if loss.sum().item() > 0 else -loss
-
-    bad = LogitsLoss(reads, label_words(WORDS).positions, tokens=WORDS, width=1)
-    with pytest.raises(RuntimeError, match="capture: expected .* synchroniz.*; keep the model"):
-        captured.capture(b, bad)
-    assert_same(step, captured)
-    assert not captured._weights.ready and captured._weights.tensors() == {}
-    run = captured.capture(b, label_words(WORDS))
-    assert torch.equal(run(b), step.step(b, label_words(WORDS)))
-
-
-@on_gpu
-def test_a_replay_allocates_nothing(device: str) -> None:
-    _, captured = twins("llama", device, rule="muon", refresh_every=100)
-    b = data(1, device)[0]
-    run = captured.capture(b, label_words(WORDS))
-    for _ in range(2):
-        run(b)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with waiting_is_an_error(device):
-        for _ in range(5):
-            run(b)
-    torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() == before

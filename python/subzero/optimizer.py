@@ -352,9 +352,7 @@ class SubZero(torch.optim.Optimizer):
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Check what the user passed, before anything is touched; the call gives loss, finite.
 
-        Args:
-            sizes: what a LogitsLoss reads of each micro-batch at most, where it must not be read
-                from the device.
+        ``sizes``: what a LogitsLoss reads at most, where the device must not be read to find out.
         """
         if self.options.activation:
             micros = self._queries.bind(batch, objective, positions, sizes)

@@ -1,6 +1,7 @@
 """A step with noise in the activations against the plain forward, captured and not.
 
     python benchmarks/bench_activation_step.py                                # what has a target
+    python benchmarks/bench_activation_step.py --quick                        # but whole groups
     python benchmarks/bench_activation_step.py --tokens 16x32 --queries 8 --form core --profile
     python benchmarks/bench_activation_step.py --model OPT-1.3B --tokens 16x32 --queries 8
 
@@ -79,6 +80,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Those with a target, or the ones asked for."""
     for model in options.model:
         chosen = [(where, Tokens.parse(t), k) for m, where, t, k in TARGETS if m == "OPT-13B"]
+        if options.quick:
+            chosen = [some for some in chosen if some[0] == "loss"]
         if options.tokens or options.queries or options.where:
             chosen = [
                 (where, tokens, queries)
@@ -207,7 +210,8 @@ class Bench:
         times = self.timer.ms({"bare": bare, "step": replay})
         self.add("graph", "bare", times["bare"])
         self.add(
-            "graph", "step", times["step"], times["bare"], host_ms=host_ms(replay, options.device),
+            "graph", "step", times["step"], times["bare"],
+            host_ms=host_ms(replay, options.device, 5),
             state_mb=state / 1e6, peak_mb=peak / 1e6, cache_mb=cache / 1e6,
         )  # fmt: skip
         share = (peak - cache) / sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -350,6 +354,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", nargs="+", choices=CONFIGS, default=["OPT-13B"])
+    add("--quick", action="store_true", help="leave out whole groups, whose steps take a second")
     add("--where", nargs="+", choices=["loss", "all"])
     add("--tokens", nargs="+", type=Tokens.parse, metavar="16x32", help="examples x length")
     add("--queries", nargs="+", type=int, help="K")
@@ -367,7 +372,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.output is None:
         gpu = machine()["gpu"].lower().replace("nvidia", "").split()[0]
         part = options.layers or options.tokens or options.queries or options.where
-        options.output = RESULTS / f"activation_step_{gpu}{'_part' if part else ''}.csv"
+        kind = "_part" if part else "_quick" if options.quick else ""
+        options.output = RESULTS / f"activation_step_{gpu}{kind}.csv"
     return options
 
 

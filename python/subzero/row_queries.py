@@ -128,18 +128,18 @@ def attend(
         scores = torch.tanh(scores / softcap) * softcap
     unseen = seen.unseen(options.get("sliding_window"))[:, :, None, None]
     scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
-    wide = torch.promote_types(torch.float32, scores.dtype)
-    wide = torch.float32 if seen.exact_softmax else wide
     sinks = options.get("s_aux")
     if sinks is not None:
         sink = sinks.view(kv_heads, 1, shared, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
         scores = torch.cat([scores, sink], -1)
+    # sums are in fp32 whatever the dtype is; eager attention takes fp32 for float64 as well
+    wide = torch.float32 if seen.exact_softmax and scores.dtype == torch.float64 else None
     weights = torch.softmax(scores, -1, dtype=wide)[..., : cached + length].to(value.dtype)
     past_weights = weights[..., :cached].reshape(examples, kv_heads, -1, cached)
     out = (past_weights @ past_value).view(*scores.shape[:-1], -1)
     own_weights = weights[..., cached:].permute(2, 0, 1, 3, 4, 5)
-    from_own = own_weights * own_value if length == 1 else own_weights @ own_value
-    out = out.permute(2, 0, 1, 3, 4, 5) + from_own
+    from_own = own_value * own_weights if length == 1 else own_weights @ own_value
+    out = from_own + out.permute(2, 0, 1, 3, 4, 5)  # in the order of rows: no copy follows
     return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 

@@ -30,6 +30,7 @@ from .side_path import SidePath
 
 # Of so many rows or fewer the linears' work is done together, after the forward that brought them.
 _FEW_ROWS = 64
+_NO_ROWS = torch.zeros(0, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,16 @@ class Tap:
         self.kept: list[Tensor] = []
         self.recent: list[tuple[Tensor, Tensor]] = []
         self.noise: Tensor | None = None
-        self._norm = torch.zeros(0)
+        self._norm = _NO_ROWS
         self._met = 0
 
     def begin_step(self) -> None:
         self.fresh, self.kept, self.recent = None, [], []
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, clean: bool) -> None:
         self._met, self.noise = 0, None
+        if clean:
+            self._norm = _NO_ROWS
 
     def meet(self, x: Tensor, y: Tensor, now: Pass) -> Tensor:
         """The output y (..., m) of input x (..., n) with this pass's noise in its noisy rows."""
@@ -293,7 +296,7 @@ class ActivationPath(SidePath):
         """The pass that the next run of the model is; None: a plain one."""
         self._now = now
         for tap in self.taps.values():
-            tap.begin_pass()
+            tap.begin_pass(now is not None and now.clean)
 
     def settle(self) -> None:
         """After a clean pass: work on the rows that it left, all linears of a shape together."""

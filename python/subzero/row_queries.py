@@ -281,9 +281,10 @@ class RowDecoder:
                     block.forward = forward  # type: ignore[method-assign]
 
     def forget(self) -> None:
-        """Let the cache go."""
-        self._cache, self._hidden = {}, torch.zeros(0)
-        self._attention = None  # type: ignore[assignment]
+        """Let the cache go, and what belongs to it."""
+        self._cache = {}
+        for name in ("_hidden", "_attention", "_first", "_at", "_grid", "_rest"):
+            self.__dict__.pop(name, None)
 
 
 def _recorder(layers: set[int]) -> Any:

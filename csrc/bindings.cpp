@@ -152,14 +152,12 @@ void bind_structs(py::module_& m) {
           py::kw_only(), py::arg("ids"), py::arg("ids_wide"), py::arg("groups"), py::arg("tokens"),
           py::arg("w"), py::arg("u"), py::arg("v"), py::arg("core"), py::arg("out"));
   py::class_<LowRankLinear>(m, "LowRankLinear")
-      .def(py::init([](const Matrix& x, const Matrix& w, uintptr_t bias, Dtype bias_dtype,
-                       int64_t bias_groups, const Matrix& u, const Matrix& v, uintptr_t core,
-                       int64_t groups, uintptr_t scratch, uintptr_t y) {
+      .def(py::init([](const Matrix& x, const Matrix& w, const Matrix& bias, const Matrix& u,
+                       const Matrix& v, uintptr_t core, int64_t groups, uintptr_t scratch,
+                       uintptr_t y) {
              return LowRankLinear{x,
                                   w,
-                                  pointer<void>(bias),
-                                  bias_dtype,
-                                  bias_groups,
+                                  bias,
                                   u,
                                   v,
                                   pointer<float>(core),
@@ -167,9 +165,8 @@ void bind_structs(py::module_& m) {
                                   pointer<void>(scratch),
                                   pointer<void>(y)};
            }),
-           py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("bias_dtype"),
-           py::arg("bias_groups"), py::arg("u"), py::arg("v"), py::arg("core"), py::arg("groups"),
-           py::arg("scratch"), py::arg("y"));
+           py::kw_only(), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("u"), py::arg("v"),
+           py::arg("core"), py::arg("groups"), py::arg("scratch"), py::arg("y"));
 }
 
 using NoGil = py::call_guard<py::gil_scoped_release>;

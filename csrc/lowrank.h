@@ -156,9 +156,7 @@ struct LowRankEmbedding {
 struct LowRankLinear {
   Matrix x;            // (groups rows, n)
   Matrix w;            // (m, n)
-  const void* bias;    // (bias_groups, m), or null
-  Dtype bias_dtype;    // of x, or float32
-  int64_t bias_groups; // 1 or groups
+  Matrix bias;         // (1 or groups, m) of x's dtype or float32, data null: none
   Matrix u;            // (m, r)
   Matrix v;            // (n, r)
   const float* core;   // (groups, r, r)

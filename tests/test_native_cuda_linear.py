@@ -136,6 +136,8 @@ def test_views_of_x_and_w():
     )
     x, w = wide_x[:, 32:128], wide_w[:, 8:104]
     assert_exact(run(x, w, bias, u, v, core), x, w, bias, u, v, core)
+    two, bias = core.repeat(2, 1, 1), torch.randn(2, 300).cuda()[:, 7:111]
+    assert_exact(run(x, w, bias, u, v, two), x, w, bias, u, v, two)
 
 
 def test_the_backend_takes_them_or_the_composition():

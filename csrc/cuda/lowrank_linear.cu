@@ -126,7 +126,7 @@ Status launch_inner_of_rank(const LowRankLinear& args, int multiprocessors, cuda
 template <class Shape>
 LinearTiles tiles_of(const LowRankLinear& args, bool inside) {
   const int rows = static_cast<int>(args.x.rows);
-  const int64_t groups = inside ? args.groups : args.bias_groups;
+  const int64_t groups = inside ? args.groups : std::max<int64_t>(args.bias.rows, 1);
   LinearTiles tiles;
   tiles.group_rows = rows / static_cast<int>(groups);
   tiles.group_blocks = ceil_div(tiles.group_rows, Shape::kRows);
@@ -152,7 +152,8 @@ Status launch_product(const LowRankLinear& args, int multiprocessors, cudaStream
   if (error != cudaSuccess) return status_of(error);
   const LinearTiles tiles = tiles_of<Shape>(args, kInside);
   const LinearOut y{args.y, static_cast<int>(args.x.rows), static_cast<int>(args.w.rows)};
-  const LinearBias bias{args.bias, args.bias_dtype == Dtype::float32, args.bias_groups > 1};
+  const LinearBias bias{args.bias.data, args.bias.stride, args.bias.dtype == Dtype::float32,
+                        args.bias.rows > 1};
   int* const ready = reinterpret_cast<int*>(static_cast<char*>(args.scratch) + h_bytes);
   if (kInside) {
     error = cudaMemsetAsync(ready, 0, tiles.row_blocks * sizeof(int), stream);

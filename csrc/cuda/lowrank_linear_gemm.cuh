@@ -198,7 +198,7 @@ __device__ __forceinline__ void load_bias(float* to, const LinearOut& y, const L
                                           int row, int column) {
   for (int j = threadIdx.x % 128; j < Shape::kColumns; j += 128)
     to[j] = bias.data && column + j < y.columns
-                ? bias_at<kHalf>(bias, int64_t{row} * y.columns + column + j)
+                ? bias_at<kHalf>(bias, row * bias.stride + column + j)
                 : 0;
 }
 

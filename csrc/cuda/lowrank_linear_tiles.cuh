@@ -9,7 +9,8 @@ namespace subzero::cuda {
 // What is added to y: the bias, one row for each group of rows, or none.
 struct LinearBias {
   const void* data;
-  bool single;  // fp32, else as y
+  int64_t stride;  // from row to row
+  bool single;     // fp32, else as y
   bool grouped;
 };
 

@@ -157,6 +157,12 @@ def lowrank_embedding(
     )
 
 
+def _bias(bias: Tensor | None, w: Tensor) -> Any:
+    if bias is not None:
+        return rows(bias if bias.dim() == 2 else bias[None])
+    return require().Matrix(data=0, rows=0, columns=w.shape[0], stride=0, dtype=_dtypes[w.dtype])
+
+
 def lowrank_linear(
     x: Tensor,
     w: Tensor,
@@ -170,9 +176,7 @@ def lowrank_linear(
     return require().LowRankLinear(
         x=rows(x),
         w=rows(w),
-        bias=0 if bias is None else bias.data_ptr(),
-        bias_dtype=_dtypes[w.dtype if bias is None else bias.dtype],
-        bias_groups=1 if bias is None or bias.dim() == 1 else bias.shape[0],
+        bias=_bias(bias, w),
         u=rows(u),
         v=rows(v),
         core=core.data_ptr(),

@@ -347,7 +347,9 @@ def _tiled(matrix: Tensor) -> bool:
     )
 
 
-def _takes_linear_kernel(rows: Tensor, w: Tensor, u: Tensor, v: Tensor) -> bool:
+def _takes_linear_kernel(
+    rows: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor
+) -> bool:
     return (
         w.dtype != torch.float32
         and u.dtype == v.dtype == w.dtype
@@ -355,6 +357,7 @@ def _takes_linear_kernel(rows: Tensor, w: Tensor, u: Tensor, v: Tensor) -> bool:
         and u.shape[1] <= _LINEAR_RANK
         and min(w.shape) > 0
         and w.shape[0] % 8 == 0
+        and (bias is None or bias.stride(-1) == 1)
         and all(map(_tiled, (rows, w, u, v)))
         and _has_linear_kernel(w.device.index)
     )
@@ -364,7 +367,7 @@ def lowrank_linear(
     x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, core: Tensor
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if not _takes_linear_kernel(rows, w, u, v):
+    if not _takes_linear_kernel(rows, w, bias, u, v):
         return _gemms.lowrank_linear(x, w, bias, u, v, core)
     y = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device=x.device)
     native = args.require().cuda
@@ -373,9 +376,7 @@ def lowrank_linear(
     )
     scratch = _scratch(size, x.device)
     native.lowrank_linear(
-        args=args.lowrank_linear(
-            rows, w, None if bias is None else bias.contiguous(), u, v, core, scratch, y
-        ),
+        args=args.lowrank_linear(rows, w, bias, u, v, core, scratch, y),
         launch=_launch(w),
     )
     return y

@@ -83,4 +83,6 @@ class Norm(NamedTuple):
 def norm(n: int, rows: int) -> Norm:
     """For rows of ``n``, ``rows`` of all groups: many take turns with the same weights."""
     columns = max(32, 1 << (n - 1).bit_length())
-    return Norm(4 if rows >= 4096 else 1, columns, min(16, max(1, columns // 512)))
+    if columns > 8192:  # there are no registers for more than one row
+        return Norm(1, columns, 16)
+    return Norm(min(16, max(1, rows // 512)), columns, max(1, columns // 512))

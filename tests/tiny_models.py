@@ -210,10 +210,21 @@ MORE = {
 }
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random model in eval mode; norms and biases get random values, so that they matter."""
+def build(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> nn.Module:
+    """A random model in eval mode; norms and biases get random values, so that they matter.
+
+    layers: as many of one kind, instead of two.
+    """
     torch.manual_seed(seed)
     model = {**BUILDERS, **MORE}[name]().eval()
+    if layers is not None:
+        config = model.config
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[0]] * layers
+        config.num_hidden_layers = layers
+        model = type(model)(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:

@@ -7,8 +7,16 @@ loss = opt.step(lambda: model(**batch).loss)
 
 from subzero_kernels import __version__
 
-from .objectives import LogitsLoss, label_words, next_token
+from .objectives import LogitsLoss, label_logits, label_words, next_token
 from .optimizer import SubZero
 from .plan import Plan
 
-__all__ = ["LogitsLoss", "Plan", "SubZero", "__version__", "label_words", "next_token"]
+__all__ = [
+    "LogitsLoss",
+    "Plan",
+    "SubZero",
+    "__version__",
+    "label_logits",
+    "label_words",
+    "next_token",
+]

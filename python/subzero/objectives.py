@@ -6,9 +6,7 @@ optimizer calls the model itself, it can evaluate a query as one decoded row (ro
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .groups import batch_size
+from .heads import at_least_fp32, hidden_at, logits_at, next_token_losses
 from .rows import (
     compact,
     labelled_positions,
@@ -157,6 +156,33 @@ def label_words(ids: Sequence[int]) -> LogitsLoss:
     return LogitsLoss(loss, last_positions, tokens=ids, width=1)
 
 
+def label_logits(model: nn.Module, batch: Any, tokens: Sequence[int] | None = None) -> Tensor:
+    """Logits in fp32 where the labels are, and no others: for losses of one's own in a closure.
+
+        logits = label_logits(model, batch, words)[:, 0]
+        loss = F.cross_entropy(logits, batch["labels"])
+
+    Args:
+        model: a causal language model or an encoder-decoder of transformers.
+        batch: input_ids (examples, tokens), attention_mask, ...; labels of its tokens, if any.
+        tokens: ids of the vocabulary; without them all of it.
+
+    Returns:
+        (examples, P, vocabulary or len(tokens)): before each label other than -100 where labels
+        belong to tokens, from the left, P as many as an example has at most; otherwise at the last
+        real position, P = 1.
+    """
+    once = token_labels(batch) is None
+    where = LogitsLoss(
+        _no_loss, last_positions if once else None, tokens=tokens, width=1 if once else None
+    )
+    return at_least_fp32(where.logits(model, batch))
+
+
+def _no_loss(logits: Tensor, batch: Any) -> Tensor:
+    raise RuntimeError("label_logits reads logits only")
+
+
 def next_token() -> LogitsLoss:
     """Language modelling: the negative log-likelihood of each next token, (examples, P).
 
@@ -164,7 +190,8 @@ def next_token() -> LogitsLoss:
 
     Read at every real token that has a successor, or, where the batch has labels for its tokens,
     before labels other than -100; of these at those in the mask that ``step`` is given, if any.
-    Padding on either side and packed sequences are understood.
+    Padding on either side and packed sequences are understood. The head forms the logits of a few
+    positions at a time, never those of the whole batch, unless the model works on them further.
     """
     return _NextToken()
 
@@ -190,18 +217,20 @@ class _NextToken(LogitsLoss):
     def losses(self, logits: Tensor, batch: Any, index: Tensor) -> Tensor:
         return self.fn(logits, {**batch, _TARGETS: _next_tokens(batch, index)})
 
+    def at(self, model: nn.Module, batch: Any, index: Tensor, valid: Tensor) -> Tensor:
+        """Logits are formed a few positions at a time, where nothing follows the model's head."""
+        hidden = hidden_at(model, batch, index)
+        if hidden is None:
+            return super().at(model, batch, index, valid)
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        losses = next_token_losses(hidden, _next_tokens(batch, index), head)
+        return torch.where(valid, losses, 0.0)
+
     def _cross_entropy(self, logits: Tensor, batch: Any) -> Tensor:
         targets = batch.get(_TARGETS)
         if targets is None:  # called by itself, on logits at its own positions
             targets = _next_tokens(batch, compact(self.scored(batch))[0])
-        # a few rows at a time: the fp32 log-softmax is as large as the logits themselves
-        parts = [
-            F.cross_entropy(at_least_fp32(some).transpose(1, 2), target, reduction="none")
-            for some, target in zip(
-                logits.split(16), targets.to(logits.device).split(16), strict=True
-            )
-        ]
-        return torch.cat(parts)
+        return next_token_losses(logits, targets)
 
 
 _TARGETS = "next_token_targets"
@@ -221,72 +250,3 @@ def _next_tokens(batch: Any, index: Tensor) -> Tensor:
 def _before_a_target(batch: Any) -> Tensor:
     labelled = labelled_positions(batch)
     return next_positions(batch) if labelled is None else labelled
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Losses are formed in fp32, or in float64 for float64 models."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def logits_at(
-    model: nn.Module, batch: Any, index: Tensor, tokens: Tensor | None = None, **extra: Any
-) -> Tensor:
-    """The model's logits at index (examples, P), of ``tokens`` only if asked.
-
-    The model's own head runs on the rows that are read, so whatever follows it (a scale, a soft
-    cap) stays as it is.
-
-    Args:
-        tokens: ids of the vocabulary, int64 (words,), on the device.
-        extra: further arguments of the model's forward.
-
-    Returns:
-        (examples, P, vocabulary or len(tokens)).
-    """
-    taken = forward_names(model)
-    inputs = {name: value for name, value in batch.items() if name in taken and name != "labels"}
-    if "use_cache" in taken:
-        extra.setdefault("use_cache", False)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        output = model(**inputs, **extra)
-        logits = take(output if isinstance(output, Tensor) else output.logits, index)
-        return logits if tokens is None else logits.index_select(-1, tokens)
-    with _reading(head, index, tokens) as cut:
-        logits = model(**inputs, **extra).logits
-    return logits if tokens is None or cut else logits.index_select(-1, tokens)
-
-
-@contextmanager
-def _reading(head: nn.Module, index: Tensor, tokens: Tensor | None) -> Iterator[bool]:
-    """The head sees the rows at ``index`` only; yields whether it forms those tokens alone.
-
-    A head that is trained runs whole: the side path knows its weight by identity.
-    """
-    cut = tokens is not None and type(head) is nn.Linear and not head.weight.requires_grad
-    own = head.__dict__.get("forward")
-    whole = head.forward
-    weight: Any = head.weight
-    shift: Any = getattr(head, "bias", None)
-
-    def forward(hidden: Tensor) -> Tensor:
-        hidden = take(hidden, index)
-        if not cut:
-            return whole(hidden)
-        words = tokens.to(weight.device)  # type: ignore[union-attr]
-        return F.linear(hidden, weight[words], None if shift is None else shift[words])
-
-    head.forward = forward  # type: ignore[method-assign]
-    try:
-        yield cut
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own  # type: ignore[method-assign]
-
-
-def forward_names(model: nn.Module) -> set[str]:
-    """Argument names of the model's forward, looking through PEFT's wrapper."""
-    base = getattr(model, "get_base_model", lambda: model)()
-    return set(inspect.signature(base.forward).parameters)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from .activation import Pass
 from .activation_weights import ActivationWeights
 from .groups import SharedPrefix, batch_size, repeat_batch
+from .heads import logits_at
 from .hooks import eval_mode
 from .losses import micro_masks
 from .micros import Extent, Micro, reading, serves_rows
-from .objectives import LogitsLoss, logits_at
+from .objectives import LogitsLoss
 from .options import Options
 from .row_queries import RowDecoder, differs, why_whole_groups
 from .row_weights import Outcome, weigh

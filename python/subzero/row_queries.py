@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .activation import NoisyRows
 from .credit import CreditPlan, blocks_in_order, first_noisy_block
+from .heads import forward_names
 from .micros import Micro
-from .objectives import forward_names
 from .rows import take
 
 # Queries are decoded as many at a time as keep a chunk below these: rows, and attention scores.

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
 
 from subzero_kernels import lowrank_embedding, lowrank_linear
 
@@ -70,6 +74,7 @@ class SidePath(TorchFunctionMode):
         self._shape: tuple[int, ...] = ()  # of the input of the norm that is being evaluated
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.linear: self._linear,
+            linear_rows: self._linear_rows,
             torch.addmm: self._addmm,
             F.embedding: self._embedding,
             F.layer_norm: self._layer_norm,
@@ -139,6 +144,22 @@ class SidePath(TorchFunctionMode):
             return _grouped_linear(input, weight, bias, low)
         return _linear(input, weight, bias, low.u, low.v, low.core)
 
+    def _linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Any:
+        low, value = self.matrices.get(id(weight)), self.dense.get(id(bias))
+        if low is None and value is None:
+            return NotImplemented
+        if low is None or low.u.shape[0] != weight.shape[0]:
+            return self._linear(input, weight, bias).index_select(-1, rows)
+        self._check_rows(input, low)
+        self._mark(low)
+        x = _at_least_fp32(input).reshape(self.groups, -1, input.shape[-1])
+        inner = x @ low.v.to(x.dtype) @ low.core.mT
+        y = x @ weight[rows].to(x.dtype).T + inner @ low.u[rows].to(x.dtype).T
+        if bias is not None:
+            values = self._values(bias)[..., rows].to(x.dtype)  # type: ignore[index]
+            y += values.view(-1, 1, len(rows))
+        return y.view(*input.shape[:-1], len(rows))
+
     def _addmm(
         self, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
     ) -> Any:
@@ -163,9 +184,10 @@ class SidePath(TorchFunctionMode):
             input = input.expand(self.rows, *input.shape[1:])
         self._check_rows(input, low)
         if torch.is_grad_enabled():
-            tail = low.u[input].float().reshape(self.groups, -1, low.u.shape[1]) @ low.core
-            tail = (tail @ low.v.float().t()).view(*input.shape, -1)
-            return (F.embedding(input, weight).float() + tail).to(weight.dtype)
+            u, v = _at_least_fp32(low.u[input]), _at_least_fp32(low.v)
+            tail = u.reshape(self.groups, -1, u.shape[-1]) @ low.core @ v.t()
+            wide = _at_least_fp32(F.embedding(input, weight))
+            return (wide + tail.view(wide.shape)).to(weight.dtype)
         if input.dim() == 0:
             return lowrank_embedding(input.view(1), weight, low.u, low.v, low.core)[0]
         return lowrank_embedding(input, weight, low.u, low.v, low.core)
@@ -272,13 +294,36 @@ class SidePath(TorchFunctionMode):
             )
 
 
+def linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """input W[rows]^T + b[rows] in fp32 or wider: few outputs of a linear, and no others.
+
+    The side path knows a trained W here as it does in F.linear.
+
+    Args:
+        input: (..., n). weight: (m, n). bias: (m,). rows: int64 (k,), of the outputs.
+
+    Returns:
+        (..., k).
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(linear_rows, (input, weight), input, weight, bias, rows)
+    x = _at_least_fp32(input)
+    shift = None if bias is None else bias[rows].to(x.dtype)
+    return F.linear(x, weight[rows].to(x.dtype), shift)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _linear(
     x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, core: Tensor
 ) -> Tensor:
     if x.dtype != w.dtype and torch.is_autocast_enabled(x.device.type):
         x = x.to(w.dtype)  # the weights' precision is the more exact one
     if torch.is_grad_enabled():  # between steps a user may differentiate through the model
-        tail = (x @ v).view(core.shape[0], -1, v.shape[1]).float() @ core.transpose(1, 2)
+        inner = _at_least_fp32(x @ v).view(core.shape[0], -1, v.shape[1])
+        tail = inner @ core.transpose(1, 2)
         tail = (tail.to(x.dtype) @ u.t()).view(*x.shape[:-1], -1)
         return _add_bias(F.linear(x, w) + tail, bias)
     if x.dim() == 1:

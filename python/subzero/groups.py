@@ -80,13 +80,15 @@ class SharedPrefix:
     Each such block gets its tensors cut to the first group, and the output of the last one is
     repeated. The first time an input of some shape arrives its groups are compared: if they
     differ (something trained came before), or it is no batch after all, nothing is shared.
+    Tensors that fold other axes into the first one (ALiBi: batch times heads) are cut as well.
     """
 
     def __init__(self, model: nn.Module, trained: set[int], hooks: Hooks) -> None:
         self.groups = 1
         self.rows = 1
-        self._checked: dict[tuple[Any, ...], bool] = {}
+        self._checked: dict[tuple[Any, ...], tuple[bool, set[tuple[int, ...]]]] = {}
         self._active = False
+        self._folded: set[tuple[int, ...]] = set()  # shapes of tensors with more rows than a batch
         self.names: list[str] = []
         for name, blocks in outer_lists(model):
             count = 0
@@ -125,20 +127,31 @@ class SharedPrefix:
         return map_tensors(output, repeat)
 
     def _cut(self, t: Tensor) -> Tensor:
-        return t[: self.rows // self.groups] if self._is_batch(t) else t
+        if self._is_batch(t) or tuple(t.shape) in self._folded:
+            return t[: t.shape[0] // self.groups]
+        return t
 
     def _is_batch(self, t: Tensor) -> bool:
         return t.dim() > 1 and t.shape[0] == self.rows
 
+    def _may_fold(self, t: Tensor) -> bool:
+        return t.dim() > 2 and t.shape[0] > self.rows and t.shape[0] % self.rows == 0
+
     def _same_groups(self, block: nn.Module, args: Any, kwargs: Any) -> bool:
-        tensors = [t for t in tensors_of((args, kwargs)) if self._is_batch(t)]
-        key = (id(block), self.groups, self.rows, *(tuple(t.shape) for t in tensors))
+        found = tensors_of((args, kwargs))
+        tensors = [t for t in found if self._is_batch(t)]
+        others = [t for t in found if self._may_fold(t)]
+        shapes = (tuple(t.shape) for t in [*tensors, *others])
+        key = (id(block), self.groups, self.rows, *shapes)
         if key not in self._checked:
-            self._checked[key] = bool(tensors) and all(
-                all(torch.equal(part, parts[0]) for part in parts[1:])
-                for parts in (t.chunk(self.groups) for t in tensors)
-            )
-        return self._checked[key]
+            folded = {tuple(t.shape) for t in others if self._repeats(t)}
+            self._checked[key] = bool(tensors) and all(map(self._repeats, tensors)), folded
+        same, self._folded = self._checked[key]
+        return same
+
+    def _repeats(self, t: Tensor) -> bool:
+        parts = t.chunk(self.groups)
+        return all(torch.equal(part, parts[0]) for part in parts[1:])
 
 
 def outer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

@@ -1,7 +1,7 @@
 """Prompts to token batches: dicts of tensors with the examples along axis 0.
 
 Sequences are padded on the left, so that the last position of every row is the last real token
-and logits are formed for one position only.
+and logits are formed for one position only. ``pack`` puts them behind each other instead.
 """
 
 from __future__ import annotations
@@ -121,6 +121,56 @@ class TrainBatches:
 
     def _length(self, i: int) -> int:
         return len(self.encoded[i])
+
+
+def pack(batch: Batch, length: int | None = None, mask: torch.dtype | None = None) -> Batch:
+    """The same examples without padding: one behind the other in a single row.
+
+    A model of transformers keeps them apart by their position ids: its attention, of whatever
+    implementation, sees each sequence alone. A step's groups are rows, and share the layout. The
+    step costs the tokens there are, instead of as many for each example as the longest has; the
+    attention mask that SDPA is given is (1, 1, tokens, tokens).
+
+    Args:
+        batch: input_ids (examples, tokens), attention_mask, padded on either side, or none, and
+            labels (examples,).
+        length: tokens of the result; what is left is filled with a sequence that no loss reads,
+            so that batches of like size share a captured step.
+        mask: dtype of an attention mask (1, 1, tokens, tokens), 0 where a token sees another and
+            the least number elsewhere, for models that do not look at position ids for it: OPT.
+
+    Returns:
+        input_ids and position_ids int64 (1, tokens), labels (1, examples); objectives such as
+        ``label_words(ids, packed=examples)`` read it. It waits for the batch's device.
+
+    Raises:
+        ValueError: more tokens than ``length``.
+    """
+    ids = batch["input_ids"]
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    tokens, positions = ids[real], (real.cumsum(1) - 1)[real]
+    if length is not None:
+        spare = length - len(tokens)
+        if spare < 0:
+            raise ValueError(
+                f"length: expected at least the {len(tokens)} tokens of the batch, got {length}; "
+                "take a longer one"
+            )
+        tokens = torch.cat([tokens, tokens[:1].expand(spare)])
+        positions = torch.cat([positions, torch.arange(spare, device=ids.device)])
+    packed = {"input_ids": tokens[None], "position_ids": positions[None]}
+    if mask is not None:
+        packed["attention_mask"] = _mask_of(positions, mask)
+    return packed | {"labels": batch["labels"][None]}
+
+
+def _mask_of(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive, (1, 1, tokens, tokens): a token sees its sequence up to itself."""
+    sequence = (positions == 0).cumsum(0)
+    order = torch.arange(len(positions), device=positions.device)
+    sees = (sequence[:, None] == sequence) & (order[:, None] >= order)
+    least = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=positions.device)
+    return least.masked_fill_(sees, 0)[None, None]
 
 
 def _find(ids: Sequence[int], part: Sequence[int]) -> int:

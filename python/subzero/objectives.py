@@ -6,6 +6,7 @@ optimizer calls the model itself, it can evaluate a query as one decoded row (ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .groups import batch_size
-from .heads import at_least_fp32, hidden_at, logits_at, next_token_losses
+from .heads import at_least_fp32, forward_names, hidden_at, logits_at, next_token_losses
 from .rows import (
     compact,
     labelled_positions,
@@ -23,6 +24,7 @@ from .rows import (
     readable,
     real_tokens,
     scored_positions,
+    sequence_ends,
     take,
     token_labels,
 )
@@ -140,7 +142,7 @@ class LogitsLoss:
         return logits_at(model, batch, index, self.token_ids(index.device))
 
 
-def label_words(ids: Sequence[int]) -> LogitsLoss:
+def label_words(ids: Sequence[int], packed: int | None = None) -> LogitsLoss:
     """Cross entropy over the label words at the last real position of each example.
 
         loss_b = -log softmax(logits_b[ids])[labels_b]
@@ -148,12 +150,55 @@ def label_words(ids: Sequence[int]) -> LogitsLoss:
     A batch holds input_ids (examples, tokens), attention_mask if there is padding, on either side,
     and labels (examples,): the class of each example, an index into ``ids``. Source: MeZO, arXiv
     2305.17333, appendix E.2. Losses are (examples,), fp32 or wider.
+
+    Args:
+        packed: how many examples lie behind each other in a row of the batch, as ``pack`` makes
+            it; labels and losses are then (rows, packed).
     """
+    if packed is not None:
+        return _PackedWords(ids, packed)
 
     def loss(logits: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(at_least_fp32(logits[:, 0]), batch["labels"], reduction="none")
 
     return LogitsLoss(loss, last_positions, tokens=ids, width=1)
+
+
+class _PackedWords(LogitsLoss):
+    def __init__(self, ids: Sequence[int], count: int) -> None:
+        ends = functools.partial(sequence_ends, count=count)
+        super().__init__(self._cross_entropy, ends, tokens=ids, width=count)
+
+    def prepare(self, model: nn.Module, batch: Any) -> Any:
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        mask = batch.get("attention_mask")
+        if kind in MASKED_BY_HAND and (mask is None or mask.dim() != 4):
+            raise ValueError(
+                f"batch: expected an attention mask (1, 1, tokens, tokens) for {kind}, which does "
+                "not tell packed sequences apart by their position ids, got "
+                f"{None if mask is None else tuple(mask.shape)}; pack(batch, mask=model.dtype)"
+            )
+        if "position_ids" not in forward_names(model):
+            raise ValueError(
+                f"model: expected one that takes position_ids for packed sequences, got "
+                f"{type(model).__name__}; pad the batch instead"
+            )
+        return super().prepare(model, batch)
+
+    @staticmethod
+    def _cross_entropy(logits: Tensor, batch: Any) -> Tensor:
+        logits = at_least_fp32(logits).transpose(1, 2)
+        return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+# Causal models of transformers 5 that make their mask without looking at position ids.
+MASKED_BY_HAND = frozenset(
+    {
+        "bart", "biogpt", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra",
+        "ernie", "falcon", "marian", "mbart", "mvp", "opt", "pegasus", "plbart", "roberta",
+        "roberta-prelayernorm", "roc_bert", "trocr", "xglm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    }
+)  # fmt: skip
 
 
 def label_logits(model: nn.Module, batch: Any, tokens: Sequence[int] | None = None) -> Tensor:

@@ -236,6 +236,14 @@ def last_positions(batch: Mapping[str, Tensor]) -> Tensor:
     return order == last
 
 
+def sequence_ends(batch: Mapping[str, Tensor], count: int) -> Tensor:
+    """The last token of the first ``count`` sequences of each packed row, bool (rows, tokens)."""
+    positions = batch["position_ids"]
+    ends = torch.ones_like(positions, dtype=torch.bool)
+    ends[:, :-1] = positions[:, 1:] <= positions[:, :-1]
+    return ends & (ends.cumsum(1) <= count)
+
+
 def next_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Real tokens whose successor is a real token of the same sequence, bool (examples, tokens)."""
     grid = main_grid(batch, len(batch["input_ids"]), 0)

@@ -84,6 +84,20 @@ def make_batch(tokens: Tokens, vocabulary: int, device: str, padded: bool) -> di
     return {name: t.to(device) for name, t in batch.items()}
 
 
+# Tokens of 16 sentences of SST-2's training set, words and 3 of the prompt counted: of batches
+# drawn at random, one with the median share of padding.
+SST2 = (19, 23, 22, 36, 6, 33, 9, 14, 17, 38, 7, 31, 22, 24, 20, 19)
+
+
+def sentences(vocabulary: int, device: str) -> dict[str, Tensor]:
+    """A batch of sentences as long as :data:`SST2` says, padded on the left."""
+    batch = make_batch(Tokens(len(SST2), max(SST2)), vocabulary, device, padded=False)
+    column = torch.arange(max(SST2), device=device)
+    real = column >= max(SST2) - torch.tensor(SST2, device=device)[:, None]
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    return {**batch, "attention_mask": real.long(), "position_ids": positions}
+
+
 def plain_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(examples,) fp32, of a plain forward: logits at the last position only."""
     inputs = {name: t for name, t in batch.items() if name != "labels"}

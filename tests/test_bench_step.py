@@ -100,6 +100,8 @@ def test_what_is_wrong_is_said(bench, tmp_path, capsys, monkeypatch):
 
 
 def test_quick_runs_what_has_a_target_and_targets_are_judged(bench, capsys, monkeypatch):
+    import step_case
+
     monkeypatch.undo()
     quick = list(bench.cases(bench.parse(["--quick", "--output", "x"])))
     assert {case.key for case in quick} == set(bench.TARGETS)
@@ -109,7 +111,7 @@ def test_quick_runs_what_has_a_target_and_targets_are_judged(bench, capsys, monk
     assert [str(c) for c in bench.cases(bench.parse(any_other))] == ["OPT-1.3B 2x5 K=3"]
     row = dict.fromkeys(("model", "tokens", "mode", "contestant"), "x")
     for ratio, verdict in ((1.05, "met"), (1.06, "MISSED")):
-        bench.show({**row, "queries": 1, "ms": 1.0, "tokens_per_s": 1, "x_bare": ratio,
+        step_case.show({**row, "queries": 1, "ms": 1.0, "tokens_per_s": 1, "x_bare": ratio,
                     "target": 1.05})  # fmt: skip
         assert f"target 1.05 {verdict}" in capsys.readouterr().out
 
@@ -123,6 +125,19 @@ def test_the_profile_shows_kernels_of_both(bench, tmp_path, capsys):
     assert {r["contestant"] for r in table(path)} == {
         "bare", "bare, apart", "composed", "step", "step, apart",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["OPT-13B", "Llama-3-8B"])
+def test_sentences_padded_and_packed(bench, tmp_path, capsys, model):
+    path = tmp_path / "step.csv"
+    wanted = ["--device", "cpu", "--repeats", "1", "--least-ms", "0", "--model", model, "--sst2"]
+    bench.run(bench.parse([*wanted, "--dtype", "fp32", "--no-host", "--output", str(path)]))
+    rows, shown = table(path), capsys.readouterr().out
+    assert [r["contestant"] for r in rows] == ["bare", "step, padded", "step, packed"]
+    assert {r["tokens"] for r in rows} == {"SST-2"} and "FAILED" not in shown
+    losses = [line for line in shown.splitlines() if "loss padded" in line][0].split()
+    assert abs(float(losses[-3].strip(",")) - float(losses[-1])) < 2e-4
+    assert ("target 45" in shown) == (model == "OPT-13B")
 
 
 def test_configs_have_the_shapes_of_the_real_models(bench):

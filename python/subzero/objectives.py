@@ -196,7 +196,8 @@ MASKED_BY_HAND = frozenset(
     {
         "bart", "biogpt", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra",
         "ernie", "falcon", "marian", "mbart", "mvp", "opt", "pegasus", "plbart", "roberta",
-        "roberta-prelayernorm", "roc_bert", "trocr", "xglm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+        "roberta-prelayernorm", "roc_bert", "trocr", "xglm", "xlm-roberta", "xlm-roberta-xl",
+        "xmod",
     }
 )  # fmt: skip
 

@@ -319,12 +319,8 @@ class ActivationPath(SidePath):
             out = F.linear(input, weight, bias)
         return tap.meet(input, out, self._now)
 
-    def _linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Any:
-        if id(weight) not in self.taps:
-            return super()._linear_rows(input, weight, bias, rows)
-        out = self._linear(input, weight, bias)  # its noise is that of whole rows
-        out = F.linear(input, weight, bias) if out is NotImplemented else out
-        return out.index_select(-1, rows)
+    def selects_rows(self, weight: Tensor) -> bool:
+        return id(weight) not in self.taps  # whose noise is that of all outputs
 
     def _addmm(
         self, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1

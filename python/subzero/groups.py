@@ -81,6 +81,8 @@ class SharedPrefix:
     repeated. The first time an input of some shape arrives its groups are compared: if they
     differ (something trained came before), or it is no batch after all, nothing is shared.
     Tensors that fold other axes into the first one (ALiBi: batch times heads) are cut as well.
+    While torch.compile traces there are no values to compare: then blocks are shared where nothing
+    but later blocks of the list and the output head is trained.
     """
 
     def __init__(self, model: nn.Module, trained: set[int], hooks: Hooks) -> None:
@@ -89,6 +91,7 @@ class SharedPrefix:
         self._checked: dict[tuple[Any, ...], tuple[bool, set[tuple[int, ...]]]] = {}
         self._active = False
         self._folded: set[tuple[int, ...]] = set()  # shapes of tensors with more rows than a batch
+        self._nothing_before: set[nn.Module] = set()  # first blocks
         self.names: list[str] = []
         for name, blocks in outer_lists(model):
             count = 0
@@ -98,6 +101,9 @@ class SharedPrefix:
                 count += 1
             if not count:
                 continue
+            later = {id(p) for block in blocks[count:] for p in block.parameters()}
+            if trained <= later | _ids_of_untied_head(model):
+                self._nothing_before.add(blocks[0])
             self.names.append(f"{name}.0" if count == 1 else f"{name}.0-{count - 1}")
             for i in range(count):
                 pre = self._first if i == 0 else self._cut_call
@@ -141,6 +147,9 @@ class SharedPrefix:
         found = tensors_of((args, kwargs))
         tensors = [t for t in found if self._is_batch(t)]
         others = [t for t in found if self._may_fold(t)]
+        if torch.compiler.is_compiling():
+            self._folded = set()
+            return bool(tensors) and not others and block in self._nothing_before
         shapes = (tuple(t.shape) for t in [*tensors, *others])
         key = (id(block), self.groups, self.rows, *shapes)
         if key not in self._checked:
@@ -152,6 +161,15 @@ class SharedPrefix:
     def _repeats(self, t: Tensor) -> bool:
         parts = t.chunk(self.groups)
         return all(torch.equal(part, parts[0]) for part in parts[1:])
+
+
+def _ids_of_untied_head(model: nn.Module) -> set[int]:
+    """Of the output head's parameters, unless it shares them with the embeddings."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return set()
+    shared = model.get_input_embeddings().parameters()  # type: ignore[operator]
+    return set(map(id, head.parameters())) - set(map(id, shared))
 
 
 def outer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

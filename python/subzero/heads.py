@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .hooks import owners
 from .rows import take
-from .side_path import linear_rows
 
 # Logits formed at a time for a language-model loss: 64 MiB in 16 bits, as much again in fp32.
 _LOGITS = 1 << 25
@@ -49,14 +49,14 @@ def logits_at(
         return logits if tokens is None else logits.index_select(-1, tokens)
     whole: Any = head.forward
     weight: Any = head.weight
-    cut = tokens is not None and type(head) is nn.Linear
+    cut = tokens is not None and type(head) is nn.Linear and _selects_rows(head)
 
     def forward(hidden: Tensor) -> Tensor:
         hidden = take(hidden, index)
         if not cut:
             return whole(hidden)
         assert tokens is not None
-        return linear_rows(hidden, weight, head.bias, tokens.to(weight.device))
+        return _some_outputs(hidden, weight, head.bias, tokens.to(weight.device))
 
     with _in_place_of(head, forward):
         logits = _run(model, batch, extra).logits
@@ -124,6 +124,26 @@ def _run(model: nn.Module, batch: Any, extra: dict[str, Any]) -> Any:
     if "use_cache" in taken:
         extra.setdefault("use_cache", False)
     return model(**inputs, **extra)
+
+
+def _selects_rows(head: Any) -> bool:
+    paths = [owner for owner in owners(head) if hasattr(owner, "selects_rows")]
+    return all(path.selects_rows(head.weight) for path in paths)
+
+
+def _some_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """x W[rows]^T + b[rows] in fp32 or wider, (..., k) for x (..., n).
+
+    Of a trained weight or bias the side path gives the rows of each group, (groups, k, n) and
+    (groups, k).
+    """
+    some = at_least_fp32(torch.index_select(weight, 0, rows))
+    groups = len(some) if some.dim() == 3 else 1
+    y = at_least_fp32(x).reshape(groups, -1, x.shape[-1]) @ some.mT
+    if bias is not None:
+        shift = at_least_fp32(torch.index_select(bias, 0, rows))
+        y = y.reshape(shift.numel() // len(rows), -1, len(rows)) + shift.view(-1, 1, len(rows))
+    return y.view(*x.shape[:-1], len(rows))
 
 
 @contextmanager

@@ -20,6 +20,11 @@ class Hook:
         self._before_copy = before_copy
 
     @property
+    def owner(self) -> Any:
+        """The object whose method is called."""
+        return getattr(self._call, "__self__", None)
+
+    @property
     def live(self) -> bool:
         """Whether an optimizer stands behind it."""
         return self._call is not None
@@ -60,6 +65,12 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def owners(module: nn.Module) -> list[Any]:
+    """Whose live hooks run after the module's forward."""
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, Hook)]
+    return [hook.owner for hook in hooks if hook.live]
 
 
 def _nothing(memo: dict[int, Any]) -> None:

@@ -16,11 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    handle_torch_function,
-    has_torch_function_variadic,
-)
+from torch.overrides import TorchFunctionMode
 
 from subzero_kernels import lowrank_embedding, lowrank_linear
 
@@ -74,7 +70,7 @@ class SidePath(TorchFunctionMode):
         self._shape: tuple[int, ...] = ()  # of the input of the norm that is being evaluated
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.linear: self._linear,
-            linear_rows: self._linear_rows,
+            torch.index_select: self._index_select,
             torch.addmm: self._addmm,
             F.embedding: self._embedding,
             F.layer_norm: self._layer_norm,
@@ -144,21 +140,24 @@ class SidePath(TorchFunctionMode):
             return _grouped_linear(input, weight, bias, low)
         return _linear(input, weight, bias, low.u, low.v, low.core)
 
-    def _linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Any:
-        low, value = self.matrices.get(id(weight)), self.dense.get(id(bias))
-        if low is None and value is None:
+    def selects_rows(self, weight: Tensor) -> bool:
+        """Whether a few outputs of a linear are its input times rows by ``torch.index_select``."""
+        return True
+
+    def _index_select(self, input: Tensor, dim: int, index: Tensor) -> Any:
+        """Rows of a linear's weight (groups, k, n), or of its bias (groups, k), for heads.py."""
+        low, value = self.matrices.get(id(input)), self.dense.get(id(input))
+        if (low is None and value is None) or type(self._inside[-1]) is not nn.Linear:
             return NotImplemented
-        if low is None or low.u.shape[0] != weight.shape[0]:
-            return self._linear(input, weight, bias).index_select(-1, rows)
-        self._check_rows(input, low)
+        if value is not None:
+            return self._mark(value).values.index_select(1, index)
+        assert low is not None
         self._mark(low)
-        x = _at_least_fp32(input).reshape(self.groups, -1, input.shape[-1])
-        inner = x @ low.v.to(x.dtype) @ low.core.mT
-        y = x @ weight[rows].to(x.dtype).T + inner @ low.u[rows].to(x.dtype).T
-        if bias is not None:
-            values = self._values(bias)[..., rows].to(x.dtype)  # type: ignore[index]
-            y += values.view(-1, 1, len(rows))
-        return y.view(*input.shape[:-1], len(rows))
+        rows, v = _at_least_fp32(input.index_select(0, index)), _at_least_fp32(low.v)
+        if low.u.shape[0] == input.shape[0]:
+            return rows + _at_least_fp32(low.u.index_select(0, index)) @ low.core @ v.T
+        change = (_at_least_fp32(low.u) @ low.core @ v.T).view(-1, *input.shape)
+        return rows + change.index_select(1, index)
 
     def _addmm(
         self, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
@@ -292,24 +291,6 @@ class SidePath(TorchFunctionMode):
             raise GroupsDiffer(
                 f"{name} gets an input of shape {tuple(x.shape)} without the batch axis"
             )
-
-
-def linear_rows(input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """input W[rows]^T + b[rows] in fp32 or wider: few outputs of a linear, and no others.
-
-    The side path knows a trained W here as it does in F.linear.
-
-    Args:
-        input: (..., n). weight: (m, n). bias: (m,). rows: int64 (k,), of the outputs.
-
-    Returns:
-        (..., k).
-    """
-    if has_torch_function_variadic(input, weight):
-        return handle_torch_function(linear_rows, (input, weight), input, weight, bias, rows)
-    x = _at_least_fp32(input)
-    shift = None if bias is None else bias[rows].to(x.dtype)
-    return F.linear(x, weight[rows].to(x.dtype), shift)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class CapturedStep:
         else:
             loss = self._replay()
         opt.steps += 1
+        opt._record_step()
         opt._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
         return loss
 
@@ -137,11 +138,11 @@ class CapturedStep:
             self._make_graph()
         self._holds = self._held()
 
-    def _held(self) -> tuple[bool, ...]:
+    def _held(self) -> tuple[Any, ...]:
         """What the graph holds as it is: where it changes, the graph is made again."""
         opt = self._opt
         if not isinstance(opt._weights, ActivationWeights):
-            return ()
+            return (opt._recorder,)
         return opt._queries.decodes, opt._weights.full is not None and opt._numbers.decays
 
     def _make_graph(self) -> None:

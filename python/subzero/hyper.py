@@ -36,6 +36,7 @@ class Numbers:
         held = torch.zeros(len(_NAMES), dtype=torch.float64, device=device).unbind()
         self._held = dict(zip(_NAMES, held, strict=True))
         self._stored: dict[str, float] = {}
+        self.single: set[str] = set()  # rounded to fp32, as a trajectory writes them
         lr, eps, momentum, beta1, beta2, adam_eps, weight_decay = held
         self.hyper = Hyper(lr, eps, momentum, (beta1, beta2), adam_eps, weight_decay)
 
@@ -46,13 +47,15 @@ class Numbers:
         for name, held in self._held.items():
             value = flat[name]
             if on_device(value):
-                held.copy_(value.reshape(()))
+                held.copy_(value.reshape(()).float() if name in self.single else value.reshape(()))
                 self._stored.pop(name, None)
             else:
                 self.store(name, float(value))
 
     def store(self, name: str, value: float) -> None:
         """One number, if it is another than the last."""
+        if name in self.single:
+            value = float(torch.tensor(value, dtype=torch.float32))
         if self._stored.get(name) != value:
             self._held[name].fill_(value)
             self._stored[name] = value

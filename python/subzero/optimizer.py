@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from subzero_kernels import make_rng
 
-from . import options, state
+from . import options, state, trajectory
 from .activation_weights import ActivationWeights
 from .adapter import export_lora
 from .capture import CapturedStep, GraphMemory
@@ -152,6 +152,7 @@ class SubZero(torch.optim.Optimizer):
         self._numbers = Numbers(device)
         self._numbers.follow(group)
         self._rehearsing = self._capturing = False
+        self._recorder: trajectory.Recorder | None = None
         self._graph_memory: GraphMemory | None = None
         self._weights: Weights | ActivationWeights
         if isinstance(plan, CreditPlan):
@@ -233,6 +234,7 @@ class SubZero(torch.optim.Optimizer):
         loss, finite = evaluate_and_update()
         self._count(finite)
         self.steps += 1
+        self._record_step()
         return loss.float()
 
     @torch.no_grad()
@@ -300,17 +302,58 @@ class SubZero(torch.optim.Optimizer):
         """
         export_lora(self, Path(folder))
 
+    def record(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        """Append every step from now on to a trajectory file, flushed each step; see ``replay``.
+
+        Weight noise with apply="forward". From here on lr is rounded to fp32, as it is written,
+        and each step waits for the device. ``resume``: go on with the file just replayed.
+        ``detach`` or ``stop_recording`` closes the file.
+
+        Raises:
+            ValueError: other noise, in_place, steps made before, float64 weights.
+            FileExistsError: ``path`` exists and ``resume`` is False.
+        """
+        self.stop_recording()
+        make = trajectory.Recorder.resumed if resume else trajectory.Recorder
+        self._recorder = make(self, Path(path))
+        self._numbers.single.add("lr")
+
+    def stop_recording(self) -> None:
+        """Close the trajectory, if there is one."""
+        if self._recorder:
+            self._recorder.close()
+            self._recorder = None
+
+    @torch.no_grad()
+    def replay(self, path: str | os.PathLike[str], torn: str = "error") -> None:
+        """Make the updates of a trajectory, without data or forwards; ``fold`` gives the weights.
+
+        On the same backend they are those of training, bit for bit, and training may go on.
+
+        Args:
+            path: what ``record`` wrote.
+            torn: "error", or "drop" a last line that was cut off.
+
+        Raises:
+            ValueError: another model, other options, a torn or changed file, another version.
+        """
+        for _ in trajectory.replay(self, trajectory.read(path, torn)):
+            pass
+
     def fold(self) -> None:
         """Write W + U S V^T into the weights, in place and in one pass; afterwards S = 0.
 
         Bases, rule state and counters stay, and so does the loss, up to the rounding of the store.
         """
+        if self._recorder and self._weights.changed:
+            self._recorder.event(fold=self.steps)
         self._weights.fold()
 
     def detach(self) -> None:
         """Fold, and remove the side path: the model is a plain model again."""
         self.fold()
         self._weights.detach()
+        self.stop_recording()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Folds, then everything a bit-exact resume needs: tensors, numbers and strings only."""
@@ -323,6 +366,11 @@ class SubZero(torch.optim.Optimizer):
         Raises:
             ValueError: a state of another model, rank, seed, rule or contract version.
         """
+        if self._recorder:
+            raise ValueError(
+                "state_dict: expected an optimizer that does not record, got one that does; call "
+                "stop_recording() first"
+            )
         state.load(self, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -341,6 +389,8 @@ class SubZero(torch.optim.Optimizer):
 
     def _read_group(self) -> None:
         options.check_group(self.param_groups[0])
+        if self._recorder:
+            self._recorder.group(self)
         self._numbers.follow(self.param_groups[0])
 
     def _count(self, finite: Tensor) -> None:
@@ -368,6 +418,8 @@ class SubZero(torch.optim.Optimizer):
             if self._rehearsing:
                 losses = losses * math.nan
             rho, finite = directional(losses, eps, opts.two_sided, opts.rule)
+            if self._recorder:
+                self._recorder.take(rho, finite, self._numbers.hyper.lr, self._rng)
             self._update(rho / opts.queries, finite)
         return losses.mean() if opts.two_sided else losses[0], finite
 
@@ -391,6 +443,8 @@ class SubZero(torch.optim.Optimizer):
         if rest or window == self.window:
             return
         self.fold()
+        if self._recorder:
+            self._recorder.event(window=window)
         self._weights.open_window(window, self._rule_state)
         self.window = window
 
@@ -404,8 +458,25 @@ class SubZero(torch.optim.Optimizer):
         for name, space in self._weights.spaces():
             rule(space, self._rule_state[name], weight, finite, self._rng, hyper)
 
+    def _redo(self, rho: Tensor, finite: Tensor, last: bool) -> None:
+        """A step of a trajectory: what ``_weight_step`` does once rho is known."""
+        assert isinstance(self._weights, Weights)
+        self._read_group()
+        self._open_window()
+        self._update(rho / self.options.queries, finite)
+        self._weights.updated(self._rng, show=last)
+        self._count(finite)
+        self.steps += 1
+
+    def _record_step(self) -> None:
+        if self._recorder:
+            self._recorder.step()
+
     def _fold_first(self, *_: Any) -> None:
         self.fold()
 
     def _after_load(self, module: nn.Module, *_: Any) -> None:
         self._weights.reread(module)
+        if self._recorder:
+            self._recorder.loaded(self.steps)
+            self._recorder = None

@@ -209,6 +209,13 @@ class Weights(TrainedWeights):
         self._fold_into([e.param for e in self.plan.factored], core, 1.0)
         self.folded()
 
+    def updated(self, rng: Tensor, show: bool) -> None:
+        """An update came without evaluations; ``show`` it, as the last one of several."""
+        self._rng = rng
+        self.changed = True
+        if show:
+            self._show_current()
+
     def decay_(self, factor: Tensor) -> None:
         """Decoupled weight decay of a step: on S now, on W's own part at the fold."""
         if self.cores:

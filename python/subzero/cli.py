@@ -90,7 +90,11 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     task: Annotated[
         str | None,
-        _option(DATA, "--task", "movie-reviews, sst2, rte, or text (language modelling)."),
+        _option(
+            DATA,
+            "--task",
+            "movie-reviews, sst2, rte, cb, boolq, wsc, wic, multirc, or text (language modelling).",
+        ),
     ] = D.task,
     data: Annotated[
         str | None,
@@ -308,3 +312,40 @@ def train(
     from .trainer import train as run
 
     run(settings, command=shlex.join(["subzero", *sys.argv[1:]]))
+
+
+@app.command()
+def replay(
+    model: Annotated[
+        str,
+        typer.Argument(help="The model as it was before the run.", show_default=False),
+    ],
+    trajectory: Annotated[
+        str, typer.Argument(help="File that opt.record wrote.", show_default=False)
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the result.", show_default=False)
+    ],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16, as in the run.")
+    ] = "float32",
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu or cuda; bit for bit on the run's own.")
+    ] = "auto",
+    drop_torn: Annotated[
+        bool, typer.Option("--drop-torn", help="Leave out a last line that was cut off.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Rebuild tuned weights from a trajectory, without data or forward passes.
+
+    [bold]Example[/bold]
+
+      subzero replay ./model trajectory.jsonl -o tuned
+    """
+    from .replay import replay as run
+
+    run(model, trajectory, output, dtype, device, drop_torn, overwrite)

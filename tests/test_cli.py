@@ -62,7 +62,7 @@ def test_version_and_help(run):
         (["--data", "none[1].tsv"], 2, "--data: no such file: none[1].tsv"),
         (["--data", "bad.tsv"], 2, "bad.tsv: row 2 has label '2', expected one of '0', '1'"),
         (["--data", "other.tsv"], 2, "other.tsv: no column 'text', found sentence, mood"),
-        (["--task", "sst3"], 2, "--task: expected one of movie-reviews, sst2, rte, text"),
+        (["--task", "sst3"], 2, "--task: expected one of movie-reviews, sst2, rte, cb"),
         (["--label-words", "0=unheard-of,1=great"], 2, "is not one token"),
         (["--dev-examples", "0"], 2, "--dev-examples: expected at least 1, got 0"),
         (["--test-examples", "999"], 2, "leave nothing to train on: the data has 128"),

@@ -95,7 +95,11 @@ def test_words_that_cannot_answer(tok, words, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sst3",), "--task: expected one of movie-reviews, sst2, rte, text, got 'sst3'"),
+        (
+            ("sst3",),
+            "--task: expected one of movie-reviews, sst2, rte, cb, "
+            "boolq, wsc, wic, multirc, text, got 'sst3'",
+        ),
         ((None, "{x} It was", "great"), "expected label=word pairs"),
         ((None, "{x} It was", "0=great"), "at least two labels"),
         ((None, "{x} It was", "0=a,0=b"), "label '0' is given twice"),
@@ -184,3 +188,68 @@ def test_splits_that_would_be_empty(sizes, message):
     examples = [Example(text, label) for text, label in sentences()]
     with pytest.raises(CommandError, match=message):
         split_examples(examples, *sizes, seed=0)
+
+
+@pytest.mark.parametrize(
+    "name, row, prompt, answer",
+    [
+        ("sst2", {"sentence": "a warm film ", "label": 1}, "a warm film It was", " great"),
+        (
+            "rte",
+            {"premise": "It rained.", "hypothesis": "It was wet.", "label": 0},
+            'It rained.\nDoes this mean that "It was wet." is true? Yes or No?\n',
+            "Yes",
+        ),
+        (
+            "cb",
+            {"premise": "He left.", "hypothesis": "he is here", "label": 1},
+            'Suppose He left. Can we infer that "he is here"? Yes, No, or Maybe?\n',
+            "No",
+        ),
+        (
+            "boolq",
+            {"passage": "Ice floats.", "question": "does ice float", "label": 1},
+            "Ice floats. does ice float?\n",
+            "Yes",
+        ),
+        (
+            "wsc",
+            {
+                "text": "Ann saw Eve; she left.",
+                "span1_text": "Eve",
+                "span2_text": "she",
+                "label": 0,
+            },
+            'Ann saw Eve; she left.\nIn the previous sentence, does the pronoun "she" refer to '
+            "Eve? Yes or No?\n",
+            "No",
+        ),
+        (
+            "wic",
+            {
+                "word": "bank",
+                "sentence1": "A bank lends.",
+                "sentence2": "The bank pays.",
+                "label": 1,
+            },
+            'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+            "A bank lends.\nThe bank pays.\n",
+            "Yes",
+        ),
+        (
+            "multirc",
+            {"paragraph": "Ann ran.", "question": "Who ran?", "answer": "Eve", "label": 0},
+            'Ann ran.\nQuestion: Who ran?\nI found this answer "Eve". Is that correct? '
+            "Yes or No?\n",
+            "No",
+        ),
+    ],
+)
+def test_mezo_prompts(name, row, prompt, answer, tmp_path):
+    """Each named task on a row with the columns of its dataset, from a local file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    task = make_task(name)
+    (example,) = load_examples(task, str(path))
+    assert example.prompt == prompt
+    assert task.answer(task.labels[example.label]) == answer

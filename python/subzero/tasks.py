@@ -68,6 +68,7 @@ class Example:
 
 
 _MOVIE_WORDS = {"0": "terrible", "1": "great"}
+_YES_IS_1 = {"0": "No", "1": "Yes"}
 TASKS = {
     task.name: task
     for task in (
@@ -79,6 +80,43 @@ TASKS = {
             {"0": "Yes", "1": "No"},
             text_column="premise",
             data="nyu-mll/glue/rte",
+        ),
+        Task(
+            "cb",
+            'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+            {"0": "Yes", "1": "No", "2": "Maybe"},
+            text_column="premise",
+            data="aps/super_glue/cb",
+        ),
+        Task(
+            "boolq",
+            "{passage} {question}?\n",
+            _YES_IS_1,
+            text_column="passage",
+            data="aps/super_glue/boolq",
+        ),
+        Task(
+            "wsc",
+            '{x}\nIn the previous sentence, does the pronoun "{span2_text}" refer to '
+            "{span1_text}? Yes or No?\n",
+            _YES_IS_1,
+            data="aps/super_glue/wsc.fixed",
+        ),
+        Task(
+            "wic",
+            'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
+            "{sentence1}\n{sentence2}\n",
+            _YES_IS_1,
+            text_column="sentence1",
+            data="aps/super_glue/wic",
+        ),
+        Task(
+            "multirc",
+            '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? '
+            "Yes or No?\n",
+            _YES_IS_1,
+            text_column="paragraph",
+            data="aps/super_glue/multirc",
         ),
         Task("text"),
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.models.auto import modeling_auto as auto
 
 from .objectives import LogitsLoss, next_token
@@ -51,7 +51,7 @@ class SubZeroConfig(TrainingArguments):
     """
 
     learning_rate: float = _option(1e-6, "Learning rate of SubZero.")
-    lr_scheduler_type: Any = _option("constant", "Schedule of the learning rate.")
+    lr_scheduler_type: SchedulerType | str = _option("constant", "Schedule of the learning rate.")
     max_grad_norm: float = _option(0.0, "Must be 0: there is no gradient to clip.")
     noise: str = _option("weight", "weight, or activation for noise in outputs of linears.")
     eps: float = _option(1e-3, "Size of a perturbation; at least 1e-3 for 16-bit weights.")

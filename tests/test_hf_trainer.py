@@ -223,3 +223,21 @@ def test_errors(tmp_path: Path) -> None:
         trainer.state.train_batch_size = 4
         trainer.state.save_to_json(str(tmp_path / "checkpoint-1" / "trainer_state.json"))
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("noise", ["weight", "activation"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_captured_steps_are_the_eager_ones(kind: str, noise: str, tmp_path: Path) -> None:
+    """Without the user asking: one graph for the one shape, and the same weights bit for bit."""
+    runs = []
+    for capture in (True, False):
+        trainer = SubZeroTrainer(
+            MODELS[kind](),
+            config(tmp_path, use_cpu=False, noise=noise, eps=1e-2, max_steps=6, capture=capture),
+            train_dataset=rows(kind),
+        )
+        trainer.train()
+        assert len(trainer._captured) == int(capture)
+        runs.append(weights(trainer.model))
+    assert same(*runs)

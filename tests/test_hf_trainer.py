@@ -170,7 +170,7 @@ def test_a_score_through_generate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("noise", ["weight", "activation"])
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_noise_and_bf16(kind: str, noise: str, tmp_path: Path) -> None:
     trainer = SubZeroTrainer(
         MODELS[kind](),

@@ -29,6 +29,7 @@ TEXT_INPUTS = {
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "labels",
     "decoder_input_ids", "decoder_attention_mask",
 }  # fmt: skip
+CLASSIFIERS = frozenset(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 MOST_GRAPHS = 32  # shapes captured in a run; batches of further shapes run eagerly
 
 
@@ -63,7 +64,7 @@ class SubZeroConfig(TrainingArguments):
     apply: str = _option("forward", "forward (weights are read-only in a window) or in_place.")
     form: str = _option("right", "Of activation noise: right, core, or full.")
     credit: str = _option("block", "Of activation noise: block or own.")
-    where: str = _option("loss", "Of activation noise: loss or all.")
+    where: str = _option("loss", "Of activation noise: loss or all; all for classifiers.")
     discount: float = _option(0.0, "Of activation noise: credit for later tokens' losses, 0 to 1.")
     momentum: float = _option(0.9, "Of rules momentum and muon.")
     state_at_refresh: str = _option("reset", "reset or keep the rule's state.")
@@ -173,6 +174,9 @@ class SubZeroTrainer(Trainer):
             model = self.model if model is None else model
             if self.args.bf16 or self.args.fp16:
                 model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
+            classifier = type(model).__name__ in CLASSIFIERS
+            if classifier and self.objective is None and options["noise"] == "activation":
+                options["where"] = "all"  # its loss names no tokens: it may pool any of them
             self._subzero = _TrainerSubZero(model, **options)
             self.optimizer = self._subzero
         return self.optimizer
@@ -266,7 +270,7 @@ class SubZeroTrainer(Trainer):
                 return None  # tokens of the prompt stand before those of the batch
             model = model.get_base_model()
         name = type(model).__name__
-        if name in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        if name in CLASSIFIERS:
             return self._classes if model.config.num_labels > 1 else None
         causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         to_text = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()

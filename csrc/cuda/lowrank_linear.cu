@@ -163,15 +163,23 @@ Status launch_product(const LowRankLinear& args, int multiprocessors, cudaStream
       std::min(tiles.row_clusters * (tiles.columns + kInside), multiprocessors / Shape::kCluster);
   cudaLaunchAttribute attributes[2];
   set_attributes(attributes, Shape::kCluster);
+  if (kInside) {
+    // Blocks wait for each other: all must be there at once, and none starts early.
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = 1;
+  }
   const cudaLaunchConfig_t config = config_of(dim3(clusters * Shape::kCluster), Shape::kThreads,
-                                              Shape::kShared, attributes, kInside ? 1 : 2, stream);
+                                              Shape::kShared, attributes, 2, stream);
   return status_of(cudaLaunchKernelEx(&config, kernel, maps, tiles, y, bias,
                                       LinearInside{args.core, args.scratch, ready}));
 }
 
 template <class Shape, bool kHalf>
 Status launch(const LowRankLinear& args, bool inside, int multiprocessors, cudaStream_t stream) {
-  if (inside) return launch_product<Shape, kHalf, true>(args, multiprocessors, stream);
+  if (inside) {
+    const Status status = launch_product<Shape, kHalf, true>(args, multiprocessors, stream);
+    if (status.ok) return status;  // else not all of the GPU is ours
+  }
   const Status status = launch_inner_of_rank<kHalf>(args, multiprocessors, stream);
   return status.ok ? launch_product<Shape, kHalf, false>(args, multiprocessors, stream) : status;
 }

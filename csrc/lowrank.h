@@ -154,15 +154,15 @@ struct LowRankEmbedding {
 // 16-bit numbers throughout but for the core and perhaps the bias; bases and rows of x and W at
 // multiples of 16 bytes, a rank that is a multiple of 8.
 struct LowRankLinear {
-  Matrix x;            // (groups rows, n)
-  Matrix w;            // (m, n)
-  Matrix bias;         // (1 or groups, m) of x's dtype or float32, data null: none
-  Matrix u;            // (m, r)
-  Matrix v;            // (n, r)
-  const float* core;   // (groups, r, r)
+  Matrix x;           // (groups rows, n)
+  Matrix w;           // (m, n)
+  Matrix bias;        // (1 or groups, m) of x's dtype or float32, data null: none
+  Matrix u;           // (m, r)
+  Matrix v;           // (n, r)
+  const float* core;  // (groups, r, r)
   int64_t groups;
-  void* scratch;       // lowrank_linear_scratch_bytes of it, at a multiple of 16 bytes
-  void* y;             // (groups rows, m), contiguous
+  void* scratch;  // lowrank_linear_scratch_bytes of it, at a multiple of 16 bytes
+  void* y;        // (groups rows, m), contiguous
 };
 
 // What is left to do natively where `a` is too wide for the CUDA noise_outer_: of consecutive rows

@@ -57,14 +57,11 @@ int ceil_div(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
 }
 
-// Clusters of `blocks`, and a start before the kernel before has ended.
-void set_attributes(cudaLaunchAttribute (&attributes)[2], unsigned blocks) {
-  attributes[0] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {blocks, 1, 1};
-  attributes[1] = {};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+cudaLaunchAttribute cluster_of(unsigned blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {blocks, 1, 1};
+  return attribute;
 }
 
 // Lets a kernel take this much shared memory, and other kernels' blocks beside its own.
@@ -106,11 +103,10 @@ Status launch_inner(const LowRankLinear& args, int multiprocessors, cudaStream_t
   const int tiles = ceil_div(inner.group_rows, Shape::kRows);
   unsigned splits = 1;
   while (splits < 8 && tiles * args.groups * splits <= multiprocessors) splits *= 2;
-  cudaLaunchAttribute attributes[2];
-  set_attributes(attributes, splits);
+  cudaLaunchAttribute attributes[1] = {cluster_of(splits)};
   const dim3 grid(splits, tiles, static_cast<unsigned>(args.groups));
   const cudaLaunchConfig_t config =
-      config_of(grid, Shape::kThreads, Shape::kShared, attributes, 2, stream);
+      config_of(grid, Shape::kThreads, Shape::kShared, attributes, 1, stream);
   return status_of(cudaLaunchKernelEx(&config, kernel, x_map, v_map, inner));
 }
 
@@ -161,15 +157,11 @@ Status launch_product(const LowRankLinear& args, int multiprocessors, cudaStream
   }
   const int clusters =
       std::min(tiles.row_clusters * (tiles.columns + kInside), multiprocessors / Shape::kCluster);
-  cudaLaunchAttribute attributes[2];
-  set_attributes(attributes, Shape::kCluster);
-  if (kInside) {
-    // Blocks wait for each other: all must be there at once, and none starts early.
-    attributes[1].id = cudaLaunchAttributeCooperative;
-    attributes[1].val.cooperative = 1;
-  }
+  cudaLaunchAttribute attributes[2] = {cluster_of(Shape::kCluster), {}};
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = kInside;  // blocks that wait for each other are all there at once
   const cudaLaunchConfig_t config = config_of(dim3(clusters * Shape::kCluster), Shape::kThreads,
-                                              Shape::kShared, attributes, 2, stream);
+                                              Shape::kShared, attributes, kInside ? 2 : 1, stream);
   return status_of(cudaLaunchKernelEx(&config, kernel, maps, tiles, y, bias,
                                       LinearInside{args.core, args.scratch, ready}));
 }
@@ -196,9 +188,7 @@ double estimate(const LowRankLinear& args, bool inside, int multiprocessors) {
   const double depth = static_cast<double>(args.x.columns) + 64;
   const double products = depth * Shape::kRows * Shape::kColumns / (Shape::kSmall ? 2.4e6 : 2.8e6);
   const double bytes = static_cast<double>(args.x.rows) * args.x.columns * 2;
-  // The kernel of h runs beside the product where that leaves multiprocessors free.
-  const bool beside = count * Shape::kCluster < multiprocessors * 3 / 4;
-  const double before = inside ? 6 : (9 + bytes / 2.7e6) * (beside ? 0.4 : 1);
+  const double before = inside ? 6 : 9 + bytes / 2.7e6;
   return before + waves * (products + 1.5);
 }
 

@@ -257,8 +257,6 @@ __device__ __forceinline__ void copy_tiles(LinearRing<Shape> ring, const LinearM
     if constexpr (kInside) {
       if (block < tiles.row_blocks) wait_until(inside.ready + block, 2);
       order_copies();
-    } else if (tile == first) {
-      wait_for_launch_before();
     }
     for (int k = 0; k < tiles.rank; k += Shape::kDepth)
       ring.copy(maps.h, row, k, maps.u, column, k, Shape::kBytesB, rank);

@@ -66,9 +66,6 @@ __global__ void __launch_bounds__(Shape::kThreads)
     barriers_ready();
   }
   __syncthreads();
-  // In this order: whoever starts early finds what came before this kernel done.
-  wait_for_launch_before();
-  allow_launch_after();
 
   const int64_t in_group = int64_t{blockIdx.y} * Shape::kRows;
   const int rows = static_cast<int>(min(int64_t{Shape::kRows}, args.group_rows - in_group));

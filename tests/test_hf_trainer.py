@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from datasets import Dataset
 
 from subzero import SubZero, SubZeroConfig, SubZeroTrainer, next_token
+
+Dataset = pytest.importorskip("datasets", reason="the data of these tests").Dataset
 
 SIZE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 

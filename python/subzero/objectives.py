@@ -70,7 +70,10 @@ class LogitsLoss:
         if self.tokens is None:
             return None
         if device not in self._token_ids:
-            self._token_ids[device] = torch.tensor(self.tokens, device=device)
+            ids = torch.tensor(self.tokens)
+            if device.type == "cuda":  # pinned: nothing waits for the copy
+                ids = ids.pin_memory()
+            self._token_ids[device] = ids.to(device, non_blocking=True)
         return self._token_ids[device]
 
     def prepare(self, model: nn.Module, batch: Any) -> Any:

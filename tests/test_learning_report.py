@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from subzero.settings import Settings, fill
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "learning"
 PAGE = ROOT / "docs" / "recipes.md"
 # modules that import each other by name
-LOCAL = ("report", "study", "run", "methods", "experiments", "data")
+LOCAL = ("report", "rates", "study", "run", "methods", "experiments", "data")
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +256,30 @@ def test_welch(report):
     )
     one = report.Cell({"lr": 1.0}, (1.0,), (4.0,), (1,))
     assert report.difference(ours, one) == "-"
+
+
+@pytest.mark.parametrize(
+    ("method", "studied"),
+    [("activation", "core-whole"), ("weight", "weight-norm"), ("mezo", "mezo"), ("adamw", "adamw")],
+)
+def test_language_modelling_defaults_are_what_dev_chose(report, study, method, studied):
+    """``subzero train --task text`` at the study's lengths; a rate is rounded to one digit."""
+    records = study.read(report.STUDY)
+    for budget in study.BUDGETS:
+        chosen = study.best_choice(records, "reviews", studied, budget, 1)
+        at = ("reviews", studied, budget)
+        steps = next(r["steps"] for r in records if (r["task"], r["method"], r["budget"]) == at)
+        filled = fill(Settings(model="m", output="o", steps=steps), method, labelled=False)
+        assert filled.lr == pytest.approx(chosen["lr"], rel=0.25), budget
+
+
+def test_rule_takes_the_constant_that_loses_least(report):
+    rates = sys.modules["rates"]
+    falling = [{(100, 4e-2): 0.0, (100, 1e-2): 0.2}, {(400, 2e-2): 0.0, (400, 1e-2): 0.01}]
+    c, losses = rates.best_constant(falling, 0.5)
+    assert c == pytest.approx(0.4) and losses == [0.0, 0.0]
+    c, losses = rates.best_constant(falling, 0.0)
+    assert c == 1e-2 and losses == [0.2, 0.01]
+    # no run near the rule's rate at one of the budgets: nothing to say
+    assert rates.best_constant([{(100, 4e-2): 0.0}, {(400, 1e-3): 0.0}], 0.0) is None
+    assert rates.best_constant([{(100, 4e-2): 0.0}, {}], 0.0) is None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from plots import draw
+from rates import rule_table
 from scipy import stats
 from study import BUDGETS, LONG, SELECTION_SEED, TASKS, best_choice, read
 
@@ -344,6 +345,7 @@ def tables() -> Iterator[tuple[str, Table]]:
     yield "exploration", exploration_table(runs)
     yield "ranks", rank_table(runs)
     yield "closers", closer_table(read(CLOSERS), records)
+    yield "rates", rule_table(records, ORDER)
 
 
 def markdown(table: Table) -> str:

@@ -209,18 +209,24 @@ def test_splits_that_would_be_empty(sizes, message):
         (
             "boolq",
             {"passage": "Ice floats.", "question": "does ice float", "label": 1},
-            "Ice floats. does ice float?\n",
+            "Ice floats. Does ice float?\n",
             "Yes",
+        ),
+        (
+            "boolq",
+            {"passage": "Ice floats.", "question": "Is ice dense?", "label": 0},
+            "Ice floats. Is ice dense?\n",
+            "No",
         ),
         (
             "wsc",
             {
-                "text": "Ann saw Eve; she left.",
+                "text": "Ann saw Eve. She left.",
                 "span1_text": "Eve",
-                "span2_text": "she",
+                "span2_text": "She",
                 "label": 0,
             },
-            'Ann saw Eve; she left.\nIn the previous sentence, does the pronoun "she" refer to '
+            'Ann saw Eve. She left.\nIn the previous sentence, does the pronoun "she" refer to '
             "Eve? Yes or No?\n",
             "No",
         ),

@@ -64,16 +64,6 @@ cudaLaunchAttribute cluster_of(unsigned blocks) {
   return attribute;
 }
 
-// Lets a kernel take this much shared memory, and other kernels' blocks beside its own.
-template <class Kernel>
-cudaError_t allow_memory(Kernel kernel, int shared) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                              cudaSharedmemCarveoutMaxShared);
-}
-
 cudaLaunchConfig_t config_of(dim3 grid, int threads, int shared, cudaLaunchAttribute* attributes,
                              int count, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
@@ -95,7 +85,8 @@ Status launch_inner(const LowRankLinear& args, int multiprocessors, cudaStream_t
   if (!map_tiles(x_map, args.x, Shape::kRows) || !map_tiles(v_map, args.v, Shape::kDepth))
     return failure(kNoMaps);
   const auto kernel = lowrank_linear_inner_kernel<Shape, kHalf>;
-  const cudaError_t error = allow_memory(kernel, Shape::kShared);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
   if (error != cudaSuccess) return status_of(error);
   const LinearInner inner{args.core, args.scratch, args.x.rows / args.groups,
                           ceil_div(args.x.columns, Shape::kDepth),
@@ -138,13 +129,14 @@ template <class Shape, bool kHalf, bool kInside>
 Status launch_product(const LowRankLinear& args, int multiprocessors, cudaStream_t stream) {
   const int64_t rank = args.u.columns, h_bytes = inner_bytes(args.x.rows, rank);
   const Matrix h{args.scratch, args.x.rows, rank, rank, args.x.dtype};
-  LinearMaps maps;
+  LinearMaps maps{};
   if (!map_tiles(maps.x, args.x, Shape::kRows) || !map_tiles(maps.w, args.w, Shape::kColumns / 2) ||
       !map_tiles(maps.h, h, Shape::kRows) || !map_tiles(maps.u, args.u, Shape::kColumns / 2) ||
-      !map_tiles(maps.v, args.v, Shape::kDepth / 2))
+      (kInside && !map_tiles(maps.v, args.v, Shape::kDepth / 2)))
     return failure(kNoMaps);
   const auto kernel = lowrank_linear_kernel<Shape, kHalf, kInside>;
-  cudaError_t error = allow_memory(kernel, Shape::kShared);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
   if (error != cudaSuccess) return status_of(error);
   const LinearTiles tiles = tiles_of<Shape>(args, kInside);
   const LinearOut y{args.y, static_cast<int>(args.x.rows), static_cast<int>(args.w.rows)};
@@ -170,7 +162,8 @@ template <class Shape, bool kHalf>
 Status launch(const LowRankLinear& args, bool inside, int multiprocessors, cudaStream_t stream) {
   if (inside) {
     const Status status = launch_product<Shape, kHalf, true>(args, multiprocessors, stream);
-    if (status.ok) return status;  // else not all of the GPU is ours
+    if (status.ok) return status;
+    cudaGetLastError();  // not all of the GPU is ours: no later call takes it for its own error
   }
   const Status status = launch_inner_of_rank<kHalf>(args, multiprocessors, stream);
   return status.ok ? launch_product<Shape, kHalf, false>(args, multiprocessors, stream) : status;

@@ -7,7 +7,7 @@ A task with label words turns a row into a prompt whose next token is the answer
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ class Task:
             modelling. A space is put before the word unless the template ends with one.
         text_column, label_column: columns of ``{x}`` and of the label.
         data: a ``datasets`` name, "name/config", used when the user names no data.
+        written: column -> how its text is written in the prompt, where not as it is.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     text_column: str = "text"
     label_column: str = "label"
     data: str | None = None
+    written: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -55,7 +57,9 @@ class Task:
         for text, name, _, _ in string.Formatter().parse(self.template):
             parts.append(text)
             if name is not None:
-                parts.append(str(row[self.text_column if name == "x" else name]).strip())
+                column = self.text_column if name == "x" else name
+                value = str(row[column]).strip()
+                parts.append(self.written.get(column, str)(value))
         return "".join(parts)
 
 
@@ -65,6 +69,11 @@ class Example:
 
     prompt: str
     label: int = -1
+
+
+def _as_question(text: str) -> str:
+    """With a capital and one question mark."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith("?") else "?")
 
 
 _MOVIE_WORDS = {"0": "terrible", "1": "great"}
@@ -90,10 +99,11 @@ TASKS = {
         ),
         Task(
             "boolq",
-            "{passage} {question}?\n",
+            "{passage} {question}\n",
             _YES_IS_1,
             text_column="passage",
             data="aps/super_glue/boolq",
+            written={"question": _as_question},
         ),
         Task(
             "wsc",
@@ -101,6 +111,7 @@ TASKS = {
             "{span1_text}? Yes or No?\n",
             _YES_IS_1,
             data="aps/super_glue/wsc.fixed",
+            written={"span2_text": str.lower},
         ),
         Task(
             "wic",

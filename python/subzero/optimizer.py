@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from subzero_kernels import make_rng
 
-from . import options, state, trajectory
+from . import options, state
 from .activation_weights import ActivationWeights
 from .adapter import export_lora
 from .capture import CapturedStep, GraphMemory
@@ -25,11 +25,12 @@ from .micros import Micro
 from .objectives import LogitsLoss
 from .plan import Plan, make_plan, one_device
 from .queries import ActivationEvaluator
+from .recording import Recording
 from .rules import RULES, directional, where
 from .weights import Weights
 
 
-class SubZero(torch.optim.Optimizer):
+class SubZero(Recording, torch.optim.Optimizer):
     r"""Zeroth-order optimizer in random subspaces: forward passes only.
 
     Each trained matrix W (m x n) has a core S (r x r, fp32) and fixed bases U (m x r), V (n x r)
@@ -152,7 +153,6 @@ class SubZero(torch.optim.Optimizer):
         self._numbers = Numbers(device)
         self._numbers.follow(group)
         self._rehearsing = self._capturing = False
-        self._recorder: trajectory.Recorder | None = None
         self._graph_memory: GraphMemory | None = None
         self._weights: Weights | ActivationWeights
         if isinstance(plan, CreditPlan):
@@ -302,44 +302,6 @@ class SubZero(torch.optim.Optimizer):
         """
         export_lora(self, Path(folder))
 
-    def record(self, path: str | os.PathLike[str], resume: bool = False) -> None:
-        """Append every step from now on to a trajectory file, flushed each step; see ``replay``.
-
-        Weight noise with apply="forward". From here on lr is rounded to fp32, as it is written,
-        and each step waits for the device. ``resume``: go on with the file just replayed.
-        ``detach`` or ``stop_recording`` closes the file.
-
-        Raises:
-            ValueError: other noise, in_place, steps made before, float64 weights.
-            FileExistsError: ``path`` exists and ``resume`` is False.
-        """
-        self.stop_recording()
-        make = trajectory.Recorder.resumed if resume else trajectory.Recorder
-        self._recorder = make(self, Path(path))
-        self._numbers.single.add("lr")
-
-    def stop_recording(self) -> None:
-        """Close the trajectory, if there is one."""
-        if self._recorder:
-            self._recorder.close()
-            self._recorder = None
-
-    @torch.no_grad()
-    def replay(self, path: str | os.PathLike[str], torn: str = "error") -> None:
-        """Make the updates of a trajectory, without data or forwards; ``fold`` gives the weights.
-
-        On the same backend they are those of training, bit for bit, and training may go on.
-
-        Args:
-            path: what ``record`` wrote.
-            torn: "error", or "drop" a last line that was cut off.
-
-        Raises:
-            ValueError: another model, other options, a torn or changed file, another version.
-        """
-        for _ in trajectory.replay(self, trajectory.read(path, torn)):
-            pass
-
     def fold(self) -> None:
         """Write W + U S V^T into the weights, in place and in one pass; afterwards S = 0.
 
@@ -467,10 +429,6 @@ class SubZero(torch.optim.Optimizer):
         self._weights.updated(self._rng, show=last)
         self._count(finite)
         self.steps += 1
-
-    def _record_step(self) -> None:
-        if self._recorder:
-            self._recorder.step()
 
     def _fold_first(self, *_: Any) -> None:
         self.fold()

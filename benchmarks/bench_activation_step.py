@@ -31,14 +31,23 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_bench import RESULTS, Call, attempt, machine, peak_bytes, release_memory, write_csv
+from gpu_bench import (
+    Call,
+    attempt,
+    header,
+    line,
+    machine,
+    peak_bytes,
+    release_memory,
+    write_csv,
+)
 from model_shapes import RANKS
 from step_checks import SIZE, SMALL, checksum, same_bits
 from step_models import CONFIGS, LABEL_WORDS, Tokens, build, make_batch, plain_losses
+from step_options import DTYPES, add_options, output_of
 from step_profile import compare_kernels
 from step_time import Timer, allocated, graphed, host_ms
 from torch import Tensor, nn
@@ -48,7 +57,6 @@ from subzero.credit import RESIDUAL_WRITERS, blocks_in_order
 from subzero.groups import SharedPrefix, repeat_batch
 from subzero.hooks import Hooks
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS, LR = 3e-2, 1e-3
 
 # A captured step over the bare forward as a graph, by model, where, tokens and queries.
@@ -290,20 +298,12 @@ COLUMNS = [
 ]
 
 
-def header() -> str:
-    return " ".join(f"{title:{form.partition('.')[0]}}" for _, title, form in COLUMNS)
-
-
 def show(row: dict[str, Any]) -> None:
-    cells = []
-    for name, _, form in COLUMNS:
-        value = row.get(name, "")
-        cells.append(f"{value:{form if value != '' else form.partition('.')[0]}}")
     verdict = ""
     if row["target"]:
         met = "met" if row["x_bare"] <= row["target"] else "MISSED"
         verdict = f"  target {row['target']:.2f} {met}"
-    print(" ".join(cells) + verdict, flush=True)
+    print(line(row, COLUMNS) + verdict, flush=True)
 
 
 # ---- the run
@@ -319,7 +319,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             model = attempt(name, lambda name=name: make(name, options))
             if model is None:
                 continue
-            print(header())
+            print(header(COLUMNS))
             for case in cases(options):
                 if case.model != name:
                     continue
@@ -356,24 +356,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--model", nargs="+", choices=CONFIGS, default=["OPT-13B"])
     add("--quick", action="store_true", help="leave out whole groups, whose steps take a second")
     add("--where", nargs="+", choices=["loss", "all"])
-    add("--tokens", nargs="+", type=Tokens.parse, metavar="16x32", help="examples x length")
     add("--queries", nargs="+", type=int, help="K")
     add("--form", nargs="+", choices=["core", "right"], default=["right", "core"])
-    add("--rank", type=int)
-    add("--layers", type=int, help="so many layers of the model only")
-    add("--dtype", default="bf16", choices=DTYPES)
-    add("--padded", action="store_true", help="pad the first example, and pass a mask")
-    add("--repeats", type=int, default=5, help="measurements, of which the median is taken")
-    add("--least-ms", type=float, default=150.0, help="a measurement lasts so long or longer")
-    add("--profile", action="store_true", help="a table of kernels: captured step against bare")
-    add("--output", type=Path, help="CSV; default benchmarks/results/activation_step_GPU.csv")
-    add("--device", default="cuda", help="cpu: whether the script works")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    if options.output is None:
-        gpu = machine()["gpu"].lower().replace("nvidia", "").split()[0]
-        part = options.layers or options.tokens or options.queries or options.where
-        kind = "_part" if part else "_quick" if options.quick else ""
-        options.output = RESULTS / f"activation_step_{gpu}{kind}.csv"
+    part = options.layers or options.tokens or options.queries or options.where
+    options.output = output_of(options, "activation_step", part)
     return options
 
 

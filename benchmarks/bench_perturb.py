@@ -44,7 +44,9 @@ from gpu_bench import (
     Call,
     Ceilings,
     attempt,
+    header,
     interleaved_us,
+    line,
     machine,
     measure_ceilings,
     on_backend,
@@ -253,16 +255,8 @@ COLUMNS = [
 ]
 
 
-def header() -> str:
-    return " ".join(f"{title:{form.partition('.')[0]}}" for _, title, form in COLUMNS)
-
-
 def show(row: dict[str, Any]) -> None:
-    cells = []
-    for name, _, form in COLUMNS:
-        value = row[name]
-        cells.append(f"{value:{form if value != '' else form.partition('.')[0]}}")
-    print(" ".join(cells) + verdict(row), flush=True)
+    print(line(row, COLUMNS) + verdict(row), flush=True)
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -288,7 +282,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
     ours = usable(options.backend)
     ceilings = measure_ceilings(options.device, options.ceiling_bytes)
-    print(f"ceilings, TB/s: copy {ceilings.copy:.3f}, in-place add {ceilings.add:.3f}\n{header()}")
+    print(f"ceilings, TB/s: copy {ceilings.copy:.3f}, in-place add {ceilings.add:.3f}")
+    print(header(COLUMNS))
     rows: list[dict[str, Any]] = []
     try:
         for _, group in itertools.groupby(cases(options), weights_key):

@@ -38,7 +38,9 @@ from gpu_bench import (
     Ceilings,
     attempt,
     buffers_needed,
+    header,
     interleaved_us,
+    line,
     machine,
     measure_ceilings,
     on_backend,
@@ -186,16 +188,8 @@ COLUMNS = [
 ]
 
 
-def header() -> str:
-    return " ".join(f"{title:{form.partition('.')[0]}}" for _, title, form in COLUMNS)
-
-
 def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    cells = []
-    for name, _, form in COLUMNS:
-        value = row[name]
-        cells.append(f"{value:{form if value != '' else form.partition('.')[0]}}")
-    print(" ".join(cells) + verdict(row, rows), flush=True)
+    print(line(row, COLUMNS) + verdict(row, rows), flush=True)
 
 
 def verdict(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -236,7 +230,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
     names = usable(options.backend)
     ceilings = measure_ceilings(options.device, 1 << 20 if options.tiny else 1 << 31)
-    print(f"ceilings, TB/s: copy {ceilings.copy:.3f}, in-place add {ceilings.add:.3f}\n{header()}")
+    print(f"ceilings, TB/s: copy {ceilings.copy:.3f}, in-place add {ceilings.add:.3f}")
+    print(header(COLUMNS))
     rows: list[dict[str, Any]] = []
     try:
         for case in cases(options):

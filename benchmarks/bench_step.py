@@ -39,18 +39,16 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bench import RESULTS, attempt, machine, release_memory, write_csv
-from step_case import TARGETS, Bench, Case, Sentences, header
+from gpu_bench import attempt, header, machine, release_memory, write_csv
+from step_case import COLUMNS, TARGETS, Bench, Case, Sentences
 from step_checks import check_small_models
 from step_models import CONFIGS, Tokens, build, narrow
+from step_options import DTYPES, add_options, output_of
 from step_time import host_ms
 from torch import nn
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -105,7 +103,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             if options.host:
                 rows += attempt(f"{name} host", lambda name=name: host_rows(name, options)) or []
             model = attempt(name, lambda name=name: make(name, options))
-            print(header() if model is not None else f"{name}: left out")
+            print(header(COLUMNS) if model is not None else f"{name}: left out")
             if options.sst2 and model is not None:
                 of_sentences = Sentences(name, model, options)
                 attempt(f"{name} sentences", of_sentences.run)
@@ -139,25 +137,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="leave out loops that write W and have no target")
     add("--model", nargs="+", choices=CONFIGS)
-    add("--tokens", nargs="+", type=Tokens.parse, metavar="16x32", help="examples x length")
     add("--queries", nargs="+", type=int, help="K of a two-sided step: 2 K groups")
-    add("--rank", type=int)
-    add("--layers", type=int, help="so many layers of the model only")
-    add("--dtype", default="bf16", choices=DTYPES)
     add("--sst2", action="store_true", help="16 sentences, padded and packed, instead of --tokens")
-    add("--padded", action="store_true", help="pad the first example, and pass a mask")
     add("--no-host", dest="host", action="store_false", help="leave the host's time out")
-    add("--repeats", type=int, default=5, help="measurements, of which the median is taken")
-    add("--least-ms", type=float, default=150.0, help="a measurement lasts so long or longer")
-    add("--profile", action="store_true", help="a table of kernels: captured step against bare")
-    add("--output", type=Path, help="CSV; default benchmarks/results/step_GPU[_quick].csv")
-    add("--device", default="cuda", help="cpu: whether the script works")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    if options.output is None:
-        gpu = machine()["gpu"].lower().replace("nvidia", "").split()[0]
-        part = options.model or options.tokens or options.queries or options.layers
-        kind = "_part" if part else "_quick" if options.quick else ""
-        options.output = RESULTS / f"step_{gpu}{kind}.csv"
+    part = options.model or options.tokens or options.queries or options.layers
+    options.output = output_of(options, "step", part)
     return options
 
 

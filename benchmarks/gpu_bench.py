@@ -265,6 +265,22 @@ def write_csv(
     return path
 
 
+# ---- a table on the screen: (name in a row, title, format) for each column
+
+
+def header(columns: Sequence[tuple[str, str, str]]) -> str:
+    return " ".join(f"{title:{form.partition('.')[0]}}" for _, title, form in columns)
+
+
+def line(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> str:
+    """A row under its header; empty where it has nothing."""
+    cells = []
+    for name, _, form in columns:
+        value = row.get(name, "")
+        cells.append(f"{value:{form if value != '' else form.partition('.')[0]}}")
+    return " ".join(cells)
+
+
 # ---- one kernel under the profiler
 
 

@@ -35,25 +35,15 @@ def eager_mezo(model: nn.Module, losses: Losses, rank: int) -> Call:
 
 def eager_subzero(model: nn.Module, losses: Losses, rank: int) -> Call:
     """The same with z = mu U Z V^T, formed in full and written: the paper's loop in torch."""
-    generator = torch.Generator(next(model.parameters()).device)
-    bases = _bases(model, rank)
-
-    def move(scale: float | Tensor, seed: int) -> None:
-        generator.manual_seed(seed)
-        for p in model.parameters():
-            if p not in bases:
-                z = torch.empty_like(p).normal_(generator=generator)
-                p.add_(scale * z)
-                continue
-            u, v, mu = bases[p]
-            z = torch.empty(u.shape[1], v.shape[1], dtype=p.dtype, device=p.device)
-            p.add_(scale * mu * (u @ z.normal_(generator=generator) @ v.T))
-
-    return _in_place(move, losses)
+    return _subzero(model, losses, rank, lambda p, u, z, v, by: p.add_(by * (u @ z @ v.T)))
 
 
 def addmm_subzero(model: nn.Module, losses: Losses, rank: int) -> Call:
     """The same by ``addmm_``, which forms no noise of W's size."""
+    return _subzero(model, losses, rank, lambda p, u, z, v, by: p.addmm_(u @ (by * z), v.T))
+
+
+def _subzero(model: nn.Module, losses: Losses, rank: int, write: Callable[..., Tensor]) -> Call:
     generator = torch.Generator(next(model.parameters()).device)
     bases = _bases(model, rank)
 
@@ -66,7 +56,7 @@ def addmm_subzero(model: nn.Module, losses: Losses, rank: int) -> Call:
                 continue
             u, v, mu = bases[p]
             z = torch.empty(u.shape[1], v.shape[1], dtype=p.dtype, device=p.device)
-            p.addmm_(u @ (scale * mu * z.normal_(generator=generator)), v.T)
+            write(p, u, z.normal_(generator=generator), v, scale * mu)
 
     return _in_place(move, losses)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-from gpu_bench import Call, attempt, peak_bytes, release_memory
+from gpu_bench import Call, attempt, line, peak_bytes, release_memory
 from model_shapes import RANKS
 from step_baselines import EPS, LR, Composed, addmm_subzero, eager_mezo, eager_subzero
 from step_checks import checksum, restart, same_bits, values_of
@@ -269,17 +269,9 @@ COLUMNS = [
 ]
 
 
-def header() -> str:
-    return " ".join(f"{title:{form.partition('.')[0]}}" for _, title, form in COLUMNS)
-
-
 def show(row: dict[str, Any]) -> None:
-    cells = []
-    for name, _, form in COLUMNS:
-        value = row.get(name, "")
-        cells.append(f"{value:{form if value != '' else form.partition('.')[0]}}")
     verdict = ""
     if row["target"]:
         met = "met" if row["x_bare"] <= row["target"] else "MISSED"
         verdict = f"  target {row['target']:.2f} {met}"
-    print(" ".join(cells) + verdict, flush=True)
+    print(line(row, COLUMNS) + verdict, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 import transformers as tf
+from scripts import script
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 SIZE = dict(
     vocab_size=128, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
     max_position_embeddings=64,
@@ -22,20 +21,13 @@ SIZE = dict(
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, with models that fit here."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import bench_activation_step
-
     tiny = {
         "OPT-13B": tf.OPTConfig(**SIZE, ffn_dim=128, word_embed_proj_dim=64),
         "Llama-3-8B": tf.LlamaConfig(**SIZE, intermediate_size=96, num_key_value_heads=2),
     }
-    monkeypatch.setattr(bench_activation_step, "CONFIGS", tiny)
-    with torch.no_grad():
-        yield bench_activation_step
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+    with script(monkeypatch, "bench_activation_step") as module, torch.no_grad():
+        monkeypatch.setattr(module, "CONFIGS", tiny)
+        yield module
 
 
 def arguments(path: Path, *more: str) -> list[str]:

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import csv
-import sys
+import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+from scripts import script
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import bench_linear
-    from model_shapes import Model
-
-    tiny = Model(1, [(160, 96), (160, 96), (96, 160), (96,)], [])
-    monkeypatch.setitem(bench_linear.MODELS, "OPT-1.3B", tiny)
-    yield bench_linear
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+    with script(monkeypatch, "bench_linear") as module:
+        shapes = importlib.import_module("model_shapes")
+        tiny = shapes.Model(1, [(160, 96), (160, 96), (96, 160), (96,)], [])
+        monkeypatch.setitem(module.MODELS, "OPT-1.3B", tiny)
+        yield module
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

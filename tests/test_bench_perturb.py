@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 
 from subzero_kernels import backends
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 ON_CPU = ["--device", "cpu", "--no-compile", "--repeats", "1", "--ceiling-bytes", "4096"]
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, with models that fit here."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import bench_perturb
-    import model_shapes
-
-    tiny = model_shapes.Model(2, [(96, 64), (33, 70), (5,)], [(1, 40)])
-    monkeypatch.setattr(bench_perturb, "MODELS", {"tiny": tiny})
-    monkeypatch.setattr(bench_perturb, "RANKS", {"tiny": 8})
-    monkeypatch.setattr(bench_perturb, "opt_13b_lora", lambda: [(4, 32), (32, 4)])
-    monkeypatch.setattr(bench_perturb, "SHAPES", [(64, 48), (31, 7)])
-    monkeypatch.setattr(bench_perturb, "SHAPE_RANKS", [4, 8])
     monkeypatch.setenv(backends.VARIABLE, "auto")
-    grad = torch.is_grad_enabled()
-    yield bench_perturb
-    torch.set_grad_enabled(grad)
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+    with script(monkeypatch, "bench_perturb") as module:
+        shapes = importlib.import_module("model_shapes")
+        tiny = shapes.Model(2, [(96, 64), (33, 70), (5,)], [(1, 40)])
+        monkeypatch.setattr(module, "MODELS", {"tiny": tiny})
+        monkeypatch.setattr(module, "RANKS", {"tiny": 8})
+        monkeypatch.setattr(module, "opt_13b_lora", lambda: [(4, 32), (32, 4)])
+        monkeypatch.setattr(module, "SHAPES", [(64, 48), (31, 7)])
+        monkeypatch.setattr(module, "SHAPE_RANKS", [4, 8])
+        yield module
 
 
 def table(path: Path) -> list[dict[str, str]]:

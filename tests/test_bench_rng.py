@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 
 from subzero_kernels import backends, ops
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 ON_CPU = ["--device", "cpu", "--tiny", "--no-compile", "--repeats", "1", "--backend", "reference"]
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import bench_rng
-
     monkeypatch.setenv(backends.VARIABLE, "auto")
-    grad = torch.is_grad_enabled()
-    yield bench_rng
-    torch.set_grad_enabled(grad)
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+    with script(monkeypatch, "bench_rng") as module:
+        yield module
 
 
 def test_every_case_is_checked_timed_and_written(bench, tmp_path, capsys, monkeypatch):

@@ -70,10 +70,11 @@ class LogitsLoss:
         if self.tokens is None:
             return None
         if device not in self._token_ids:
-            ids = torch.tensor(self.tokens)
-            if device.type == "cuda":  # pinned: nothing waits for the copy
-                ids = ids.pin_memory()
-            self._token_ids[device] = ids.to(device, non_blocking=True)
+            if device.type == "cuda":  # from pinned memory, where nothing waits for the copy
+                pinned = torch.tensor(self.tokens, pin_memory=True)
+                self._token_ids[device] = pinned.to(device, non_blocking=True)
+            else:
+                self._token_ids[device] = torch.tensor(self.tokens, device=device)
         return self._token_ids[device]
 
     def prepare(self, model: nn.Module, batch: Any) -> Any:
